@@ -1,0 +1,1 @@
+"""Networks that segmentation-models-pytorch does not have."""
