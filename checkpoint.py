@@ -1,0 +1,149 @@
+"""The contract between commands: what a network is, how pixels meet it, and the file that says so."""
+
+import pickle
+import zipfile
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from image_io import atomic_write
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How pixels meet the network.
+
+    kind `resize`: the whole image is resized to `size` and the probabilities are resized back.
+    kind `crops`: native scale; training saw crops of `size`, larger images go through tiling.py.
+    Sizes are (height, width); tile, overlap and halo are pixels and belong to `crops`.
+    """
+
+    kind: str
+    size: tuple[int, int]
+    tile: int = 0
+    overlap: int = 0
+    halo: int = 0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything needed to rebuild a network and feed it. Stored inside the checkpoint.
+
+    `labels` are the mask values learned, in order; empty means that any non-zero value is the object.
+    `class_names` has a name for every class index, the implicit background included.
+    `channels`, `mean` and `std` run in network order (R G B extras), in raw pixel units.
+    `value_range` is the lowest and highest training pixel; `dtype` the type that training images had.
+    """
+
+    architecture: str
+    encoder: str
+    labels: tuple[int, ...]
+    class_names: tuple[str, ...]
+    channels: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    geometry: Geometry
+    ignore_label: int | None = None
+    mask_threshold: float | None = None
+    max_mask_val: int = 0
+    add_dirs: tuple[str, ...] = ()
+    roi_dir: str | None = None
+    preprocess: tuple[str, ...] = ()
+    dtype: str = "uint8"
+    value_range: tuple[float, float] = (0.0, 255.0)
+    stride: int = 32
+    min_side: int = 32
+    activation: str = "auto"
+    batch: int = 8
+    val_share: float = 0.2
+    group_pattern: str | None = None
+    thresholds: dict[str, float] = field(default_factory=lambda: {"default": 0.5})
+    format: int = FORMAT
+
+    @property
+    def num_logits(self) -> int:
+        """One for a single class against the background, else one for every class."""
+        return 1 if len(self.class_names) == 2 and 0 not in self.labels else len(self.class_names)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
+
+
+def config_to_dict(config: ModelConfig) -> dict[str, Any]:
+    """Plain lists, numbers and strings, fit for a checkpoint, JSON and ONNX metadata."""
+    return _plain(asdict(config))
+
+
+def config_from_dict(values: dict[str, Any]) -> ModelConfig:
+    """Rebuild a config.
+
+    Raises:
+        ValueError: a newer format, or entries that are missing.
+    """
+    if values.get("format", 0) > FORMAT:
+        raise ValueError(f"its format is {values['format']}, this version reads up to {FORMAT}: update Tessera")
+    known = {item.name for item in fields(ModelConfig)}
+    kept = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items() if key in known}
+    geometry = dict(kept.pop("geometry", {"kind": "?", "size": ()}))
+    try:
+        return ModelConfig(geometry=Geometry(**{**geometry, "size": tuple(geometry["size"])}), **kept)
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"its description is incomplete: {error}") from error
+
+
+def save_checkpoint(path: Path, config: ModelConfig, model_state: dict[str, Any], **more: Any) -> None:
+    """Write a checkpoint whole or not at all. `more` holds plain types and tensors only."""
+    content = {"format": FORMAT, "config": config_to_dict(config), "model_state_dict": model_state, **more}
+    with atomic_write(path) as file:
+        torch.save(content, file)
+
+
+def load_checkpoint(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """Read a checkpoint on the CPU; nothing in the file is executed.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: truncated, not a checkpoint of Tessera, or one whose pickle would run code.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint {path}; train.py writes it, -cd DIR finds the newest in a folder")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"{path} is refused: it holds Python objects that loading would execute, or is not a checkpoint. "
+            f"Checkpoints of train.py hold plain types and tensors only. ({reason})"
+        ) from error
+    except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError) as error:
+        reason = str(error).split("\n")[0][:200]
+        raise ValueError(f"{path} is truncated or not a checkpoint: {reason}. Use another copy of the file.") from error
+    if not isinstance(saved, dict) or "config" not in saved or "model_state_dict" not in saved:
+        raise ValueError(f"{path} has no 'config' entry: it is not a checkpoint written by train.py")
+    try:
+        return config_from_dict(saved["config"]), saved
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def find_checkpoint(folder: Path) -> Path:
+    """The newest best checkpoint (*.pth) in a run folder, or in the run folders inside it.
+
+    Raises:
+        FileNotFoundError: no folder, or no *.pth in it.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder} to look for checkpoints in; expected a run folder such as logs/NAME")
+    found = sorted([*folder.glob("*.pth"), *folder.glob("*/*.pth")], key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise FileNotFoundError(f"no *.pth in {folder} or in the folders inside it; train.py writes one for each run")
+    return found[-1]

@@ -1,0 +1,251 @@
+"""Flags that two or more commands share, each declared once, and what turns them into values."""
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+VERSION = "0.1.0"
+ROOT = Path(__file__).resolve().parent
+LIBRARIES = ("torch", "torchvision", "segmentation-models-pytorch", "timm", "albumentations", "numpy", "tifffile")
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Append each default to its help text, but not to required flags, switches and flags without a default."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.required or action.default in (None, False, argparse.SUPPRESS):
+            return action.help
+        return super()._get_help_string(action)
+
+
+class _VersionAction(argparse.Action):
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:  # noqa: A002
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        facts = environment()
+        lines = [f"tessera {facts.pop('tessera')}", *(f"{name} {value}" for name, value in facts.items())]
+        parser.exit(message="\n".join(lines) + "\n")
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """Make a parser that appends each default to its help text, so no help text repeats one."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+    parser.add_argument(
+        "--settings", type=Path, metavar="FILE", help="JSON of flags, such as a run's args.json; the command line wins"
+    )
+    parser.add_argument("--version", action=_VersionAction, help="print version, commit and library versions")
+    return parser
+
+
+def add_run_args(parser: argparse.ArgumentParser, *, batch: int | None, workers: int = 2) -> None:
+    """Add batch size, loader processes, seed and device."""
+    group = parser.add_argument_group("run")
+    group.add_argument("-b", "--batch", type=positive_int, default=batch, metavar="N", help="images or crops at a time")
+    group.add_argument(
+        "-w", "--workers", type=natural, default=workers, metavar="N", help="loader processes; 0 loads in this one"
+    )
+    group.add_argument("--seed", type=natural, default=42, metavar="N", help="seed of everything random")
+    group.add_argument(
+        "--device", default="auto", metavar="NAME", help="auto (cuda, then mps, then cpu), cpu, cuda, cuda:N or mps"
+    )
+    group.add_argument("--cpu", action="store_true", help="the same as --device cpu")
+
+
+def add_log_args(parser: argparse.ArgumentParser, *, exp_name: str) -> None:
+    """Add the place of run folders; exp_name tells what an empty name becomes."""
+    group = parser.add_argument_group("log")
+    group.add_argument(
+        "-log", "--log-dir", type=Path, default=Path("logs"), metavar="DIR", help="folder that holds the run folders"
+    )
+    group.add_argument("--exp-name", default="", metavar="NAME", help=f"name of the run folder; empty: {exp_name}")
+    group.add_argument("--decimal", choices=("comma", "dot"), default="comma", help="decimal sign in csv files")
+
+
+def add_checkpoint_args(parser: argparse.ArgumentParser) -> None:
+    """Add the checkpoint file or the folder to find it in."""
+    group = parser.add_argument_group("checkpoint").add_mutually_exclusive_group(required=True)
+    group.add_argument("-c", "--check-path", type=Path, metavar="FILE", help="checkpoint file")
+    group.add_argument(
+        "-cd", "--check-dir", type=Path, metavar="DIR", help="run folder, or a folder of them: the newest best is taken"
+    )
+
+
+def add_split_args(parser: argparse.ArgumentParser, *, val_share: float | None) -> None:
+    """Add the flags that choose files: ids, the share taken for validation, the region of interest."""
+    group = parser.add_argument_group("files")
+    group.add_argument("--ids", type=Path, metavar="CSV", help="use only the images named in its column id")
+    group.add_argument(
+        "--val-share",
+        type=share,
+        default=val_share,
+        metavar="X",
+        help="part of a data set without val/ that is kept for validation, chosen by name",
+    )
+    group.add_argument(
+        "--group-pattern",
+        default=None,
+        metavar="REGEX",
+        help="file names that agree in its first group stay on one side of the split, such as '^(patient\\d+)'",
+    )
+    group.add_argument(
+        "--roi-dir", default=None, metavar="NAME", help="folder beside images/ with masks of the region that counts"
+    )
+
+
+def add_score_args(parser: argparse.ArgumentParser) -> None:
+    """Add what scoring needs: the rule for empty classes and the trivial baselines."""
+    group = parser.add_argument_group("scores")
+    group.add_argument(
+        "--empty",
+        choices=("skip", "one", "zero"),
+        default="skip",
+        help="what an image or class without pixels in truth and prediction scores",
+    )
+    group.add_argument(
+        "--baselines",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="also score all-foreground and Otsu's threshold on the same images (one class only)",
+    )
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse argv; flags of a --settings file are put before it, so the command line wins."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--settings", type=Path)
+    path = finder.parse_known_args(words)[0].settings
+    return parser.parse_args(_settings_words(parser, path) + words if path else words)
+
+
+def _settings_words(parser: argparse.ArgumentParser, path: Path) -> list[str]:
+    try:
+        flags = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        parser.error(f"--settings {path} cannot be read: {error.strerror}")
+    except ValueError as error:
+        parser.error(f"--settings {path} is not JSON: {error}")
+    if not isinstance(flags, dict):
+        parser.error(f"--settings {path} holds a {type(flags).__name__}; expected an object of flags")
+    flags = flags.get("flags", flags)
+    actions = {action.dest: action for action in parser._actions if action.option_strings}
+    words: list[str] = []
+    for name, value in flags.items():
+        action = actions.get(str(name).lstrip("-").replace("-", "_"))
+        if action is None:
+            print(f"{path}: {name} is not a flag of {parser.prog}, left out", file=sys.stderr)
+        elif action.dest not in ("settings", "help", "version"):
+            words += _flag_words(action, value)
+    return words
+
+
+def _flag_words(action: argparse.Action, value: Any) -> list[str]:
+    option = max(action.option_strings, key=len)
+    if value is None:
+        return []
+    if isinstance(action, argparse.BooleanOptionalAction):
+        return [next(o for o in action.option_strings if o.startswith("--no-") != bool(value))]
+    if action.nargs == 0:
+        return [option] if value else []
+    if isinstance(value, list):
+        return [option, *map(str, value)] if value else []
+    return [f"{option}={value}"] if option.startswith("--") else [option, str(value)]
+
+
+def pick_device(name: str, cpu: bool = False) -> str:
+    """Turn --device into the name of a device that is there; only `auto` chooses.
+
+    Raises:
+        ValueError: the device asked for is absent or unknown.
+    """
+    import torch
+
+    if cpu:
+        name = "cpu"
+    if name == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device {name} is unknown; expected auto, cpu, cuda, cuda:N or mps")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise ValueError(f"--device {name}: PyTorch sees {found} CUDA devices; use --device auto or --cpu")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device mps: PyTorch sees no Apple GPU; use --device auto or --cpu")
+    return name
+
+
+def environment() -> dict[str, str]:
+    """Versions that a run depends on: ours, the commit, Python, the libraries."""
+    facts = {"tessera": VERSION, "commit": _git_commit(), "python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            facts[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            facts[name] = "not installed"
+    return facts
+
+
+def _git_commit() -> str:
+    try:
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def run_record(args: argparse.Namespace, argv: Sequence[str] | None) -> dict[str, Any]:
+    """What args.json holds: parsed values, the command line, commit and versions."""
+    flags = {name: _plain(value) for name, value in vars(args).items() if name != "settings"}
+    words = sys.argv if argv is None else [Path(sys.argv[0]).name, *argv]
+    return {"flags": flags, "command": shlex.join(map(str, words)), "environment": environment()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def positive_int(text: str) -> int:
+    """Argparse type: a whole number of at least 1."""
+    return _number(text, int, 1, None)
+
+
+def natural(text: str) -> int:
+    """Argparse type: a whole number of at least 0."""
+    return _number(text, int, 0, None)
+
+
+def share(text: str) -> float:
+    """Argparse type: a number from 0 to 1."""
+    return _number(text, float, 0, 1)
+
+
+def positive_float(text: str) -> float:
+    """Argparse type: a number above 0."""
+    value = _number(text, float, 0, None)
+    if value == 0:
+        raise argparse.ArgumentTypeError("expected a number above 0")
+    return value
+
+
+def _number(text: str, kind: type, low: float, high: float | None) -> Any:
+    limits = f"of at least {low}" if high is None else f"from {low} to {high}"
+    try:
+        value = kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {kind.__name__}") from None
+    if not low <= value <= (float("inf") if high is None else high):
+        raise argparse.ArgumentTypeError(f"{text} is out of range: expected a number {limits}")
+    return value
