@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Trains on a data set, by default on a generated one. Variables are taken from the environment:
+#   DATASET=~/rocks CLASS_LIST="64 128" EPOCHS=100 bash train.sh
+# Flags of train.py go last and win:  bash train.sh --epochs 1 --device cpu
+# The same command again goes on from where the run stopped.
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+
+DATASET="${DATASET:-}"            # root that holds train/ and val/; empty: data/sample, generated once
+CLASS_LIST="${CLASS_LIST:-}"      # mask labels to learn, as in "64 128"; empty: found in the masks
+MODEL="${MODEL:-plain-unet}"
+ENCODER="${ENCODER:-plain-16}"
+BATCH="${BATCH:-8}"
+EPOCHS="${EPOCHS:-20}"
+AUGM="${AUGM:-safe}"              # none, safe, light, medium, hard, one or vessel
+IMAGE_SIZE="${IMAGE_SIZE:-256}"   # images are resized to this
+EXP_NAME="${EXP_NAME:-}"          # run folder in logs/; empty: named after the settings
+
+python="$(bash "$root/setup.sh")"
+options=(--image-size "$IMAGE_SIZE")
+if [ -z "$DATASET" ]; then
+    DATASET="$root/data/sample"
+    options+=(--baselines)
+    if [ ! -d "$DATASET" ]; then
+        rm -rf "$DATASET.unfinished"
+        PYTHONPATH="$root" "$python" -m dataset_utils.make_sample -o "$DATASET.unfinished"
+        mv "$DATASET.unfinished" "$DATASET"
+    fi
+fi
+if [ -n "$CLASS_LIST" ]; then options+=(--class-list "$CLASS_LIST"); fi
+name="$(basename "$DATASET")_${MODEL}_${ENCODER}_size_${IMAGE_SIZE}_bsize_${BATCH}_${AUGM}"
+exec "$python" "$root/train.py" -d "$DATASET" -m "$MODEL" --encoder "$ENCODER" -b "$BATCH" -e "$EPOCHS" -a "$AUGM" \
+    "${options[@]}" -log "$root/logs" --exp-name "${EXP_NAME:-$name}" "$@"
