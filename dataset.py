@@ -7,7 +7,7 @@ import csv
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -143,6 +143,71 @@ def _unpaired(folder: Path, name: str, images: dict[str, Path], found: dict[str,
     return messages
 
 
+@dataclass(frozen=True)
+class FileOptions:
+    """Which files of a data set are used.
+
+    add_dirs: folders beside images/ with one extra channel each. roi_dir: folder with the region that counts.
+    ids: csv file that names the images to use. val_share and group_pattern: see share_by_name.
+    """
+
+    add_dirs: tuple[str, ...] = ()
+    roi_dir: str | None = None
+    ids: Path | None = None
+    val_share: float = 0.2
+    group_pattern: str | None = None
+
+    def listing(self, folder: Path, ids: Path | None = None) -> Listing:
+        """The pairs of one split folder."""
+        return keep_ids(list_pairs(folder, self.add_dirs, self.roi_dir), ids or self.ids)
+
+
+def find_splits(
+    root: Path, options: FileOptions, *, val_dir: Path | None = None, val_ids: Path | None = None
+) -> tuple[Listing, Listing, str]:
+    """Training and validation pairs of a data set, and a sentence that says where they came from.
+
+    Raises:
+        DatasetError: see split_folder, list_pairs and share_by_name.
+    """
+    folder = split_folder(root, "train") or root
+    val_folder = val_dir or split_folder(root, "val")
+    train = options.listing(folder)
+    if val_folder is not None:
+        val = options.listing(split_folder(val_folder, None) or val_folder, val_ids)
+        return train, val, f"validation on {val.folder}"
+    if val_ids is not None:
+        val = options.listing(folder, val_ids)
+        chosen = {pair.name for pair in val.pairs}
+        train.pairs = [pair for pair in train.pairs if pair.name not in chosen]
+        return train, replace(val, errors=[]), f"validation on the {len(val.pairs)} images of {val_ids}"
+    kept, held = share_by_name(train.pairs, options.val_share, options.group_pattern)
+    val = replace(train, pairs=held, errors=[])
+    train.pairs = kept
+    return (
+        train,
+        val,
+        f"no val/ in {root}: {len(held)} of {len(kept) + len(held)} images, chosen by name, are kept for it",
+    )
+
+
+def find_split(path: Path, split: str | None, options: FileOptions) -> Listing:
+    """The pairs of one split: `path` is its folder, or a root that holds it; a flat root is split by name.
+
+    Raises:
+        DatasetError: as find_splits.
+    """
+    folder = split_folder(path, split) if split or not (path / "images").is_dir() else path
+    if folder is not None:
+        return options.listing(folder)
+    if not (path / "images").is_dir():
+        raise DatasetError(f"{path} has no {split}/images; expected one of its splits, or a folder with images/")
+    listing = options.listing(path)
+    train, val = share_by_name(listing.pairs, options.val_share, options.group_pattern)
+    listing.pairs = train if split == "train" else val
+    return listing
+
+
 def read_ids(path: Path) -> set[str]:
     """Image names from column `id` of a csv file; a file extension in them is dropped."""
     with path.open(newline="", encoding="utf-8-sig") as file:
@@ -215,9 +280,7 @@ class ClassMap:
     @classmethod
     def from_config(cls, config: ModelConfig) -> "ClassMap":
         """The classes that a checkpoint was trained on."""
-        return cls(
-            config.labels, config.class_names, config.ignore_label, config.mask_threshold, config.max_mask_val
-        )
+        return cls(config.labels, config.class_names, config.ignore_label, config.mask_threshold, config.max_mask_val)
 
     @property
     def has_background(self) -> bool:
@@ -280,9 +343,7 @@ def load_image(pair: Pair, channels: Sequence[str], steps: Sequence[str]) -> tup
         kind = image.dtype if len({layer.dtype for layer in layers}) == 1 else np.dtype(np.float32)
         image = np.concatenate([layer.astype(kind, copy=False) for layer in layers], axis=2)
     if channels and image.shape[2] != len(channels):
-        raise ImageError(
-            f"{pair.image} has {image.shape[2]} channels, expected {len(channels)} ({' '.join(channels)})"
-        )
+        raise ImageError(f"{pair.image} has {image.shape[2]} channels, expected {len(channels)} ({' '.join(channels)})")
     if valid is not None:
         image = np.where(valid[:, :, None], image, np.zeros((), image.dtype))
     return (preprocess(image, steps) if steps else image), valid
@@ -558,6 +619,7 @@ def training_loader(data: TrainingSet, sampler: EpochSampler, workers: int, pin:
         persistent_workers=workers > 0,
         worker_init_fn=_start_worker,
         pin_memory=pin,
+        generator=torch.Generator(),  # loaders draw nothing from the generator that dropout uses: resume stays exact
     )
 
 
@@ -568,8 +630,8 @@ def evaluation_loader(data: EvaluationSet, batch: int, workers: int) -> DataLoad
         batch_size=batch if data.config.geometry.kind == "resize" else 1,
         num_workers=min(workers, len(data)),
         collate_fn=_list_of,
-        persistent_workers=False,
         worker_init_fn=_start_worker,
+        generator=torch.Generator(),
     )
 
 

@@ -378,7 +378,9 @@ def class_pixels(facts: Sequence[PairFacts], classes: ClassMap) -> np.ndarray:
     """Training pixels of each class index, (K,) int64; ignored ones are left out."""
     totals = np.zeros(256, np.int64)
     for value, count in label_counts(facts).items():
-        index = value > classes.mask_threshold if classes.mask_threshold is not None else classes.table[min(value, 65535)]
+        index = (
+            value > classes.mask_threshold if classes.mask_threshold is not None else classes.table[min(value, 65535)]
+        )
         totals[int(index)] += count
     return totals[: len(classes.names)]
 
@@ -418,7 +420,9 @@ def digest(facts: Sequence[PairFacts], steps: Sequence[str], extra: str = "") ->
     return hashlib.sha256("|".join([*sorted(words), *steps, extra]).encode()).hexdigest()[:16]
 
 
-def load_or_compute_statistics(root: Path, run_dir: Path, facts: Sequence[PairFacts], steps: Sequence[str]) -> Statistics:
+def load_or_compute_statistics(
+    root: Path, run_dir: Path, facts: Sequence[PairFacts], steps: Sequence[str]
+) -> Statistics:
     """Statistics of the training split, from <root>/mean_vals.txt if it belongs to these files, else computed.
 
     The file holds two lines of numbers, mean and std, in the order B G R extras when the images are RGB, then a
@@ -465,9 +469,13 @@ def read_statistics(path: Path) -> tuple[np.ndarray, np.ndarray, str | None]:
     try:
         rows = [np.array([float(word) for word in line.split()]) for line in lines if not line.startswith("#")]
     except ValueError as error:
-        raise DatasetError(f"{path} is not a list of means and deviations: {error}; delete it to compute it anew") from error
+        raise DatasetError(
+            f"{path} is not a list of means and deviations: {error}; delete it to compute it anew"
+        ) from error
     if len(rows) != 2 or len(rows[0]) != len(rows[1]):
-        raise DatasetError(f"{path} has {len(rows)} lines of numbers, expected 2 of one length; delete it to compute it")
+        raise DatasetError(
+            f"{path} has {len(rows)} lines of numbers, expected 2 of one length; delete it to compute it"
+        )
     return rows[0], rows[1], marks[0] if marks else None
 
 
@@ -492,3 +500,66 @@ def scene_warnings(facts: Sequence[PairFacts], config: ModelConfig) -> list[str]
             f"{np.round(config.mean, 1).tolist()}: expect worse results"
         )
     return warnings
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The check that every training starts with
+
+
+@dataclass
+class Checked:
+    """A data set that was looked at: its facts, its classes and what there is to say about it."""
+
+    train: list[PairFacts]
+    val: list[PairFacts]
+    classes: ClassMap | None
+    errors: list[str]
+    warnings: list[str]
+
+    def raise_errors(self) -> ClassMap:
+        """Stop on errors, all of them in one message; else return the classes.
+
+        Raises:
+            DatasetError: the check found errors.
+        """
+        if self.errors or self.classes is None:
+            listed = "\n".join(f"  - {message}" for message in self.errors)
+            raise DatasetError(f"the data set has {len(self.errors)} errors:\n{listed}")
+        return self.classes
+
+
+def check_dataset(
+    train: Listing,
+    val: Listing | None,
+    choose_classes: Callable[[Counter[int]], ClassMap],
+    *,
+    steps: Sequence[str] = (),
+    workers: int | None = None,
+    progress: Callable[[Iterable[Any], int], Iterable[Any]] | None = None,
+) -> Checked:
+    """Scan both splits and collect every finding at once.
+
+    Args:
+        choose_classes: makes the classes from the label counts of the training masks, see resolve_classes.
+    """
+    listings = [train, val] if val else [train]
+    facts = scan_pairs([p for part in listings for p in part.pairs], steps=steps, workers=workers, progress=progress)
+    own, other = facts[: len(train.pairs)], facts[len(train.pairs) :]
+    errors, warnings = find_problems(listings, facts)
+    for part, split in zip(listings, ("training", "validation"), strict=False):
+        if not part.has_masks:
+            errors.append(f"{part.folder} has no gt/ (or masks/): {split} needs a mask for every image")
+        elif not part.pairs:
+            errors.append(f"no image of {part.folder} is left for {split}")
+    classes = None
+    if own and train.has_masks and not any(item.mask and item.mask.error for item in own):
+        try:
+            classes = choose_classes(label_counts(own))
+        except DatasetError as error:
+            errors.append(str(error))
+    if classes:
+        for split, part_facts in (("training", own), ("validation", other)):
+            if part_facts:
+                found = find_label_problems(classes, label_counts(part_facts), split)
+                errors, warnings = errors + found[0], warnings + found[1]
+    return Checked(own, other, classes, list(dict.fromkeys(errors)), list(dict.fromkeys(warnings)))

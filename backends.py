@@ -1,0 +1,47 @@
+"""What turns a batch of normalised images into probabilities."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import nn
+
+from model import to_probabilities
+
+Forward = Callable[[np.ndarray], np.ndarray]
+
+
+def torch_forward(model: nn.Module, device: str, activation: str = "auto") -> Forward:
+    """Make the function that predicts with PyTorch.
+
+    It runs in float32 without autocast and leaves the network in evaluation mode, so the same weights give the same
+    counts in training, validate and predict.
+
+    Returns:
+        A function from (N, C, h, w) float32 to probabilities (N, K, h, w) float32.
+
+    Raises:
+        RuntimeError: the device is out of memory; the message names size and batch.
+    """
+    model.to(device=device, memory_format=torch.channels_last)
+
+    @torch.inference_mode()
+    def forward(batch: np.ndarray) -> np.ndarray:
+        model.eval()
+        images = torch.from_numpy(batch).to(device).contiguous(memory_format=torch.channels_last)
+        try:
+            with torch.autocast(torch.device(device).type, enabled=False):
+                probs = to_probabilities(model(images), activation)
+        except torch.cuda.OutOfMemoryError as error:
+            raise RuntimeError(out_of_memory(batch.shape)) from error
+        return probs.contiguous().cpu().numpy()
+
+    return forward
+
+
+def out_of_memory(shape: tuple[int, ...]) -> str:
+    """What to tell a user whose batch (N, C, H, W) did not fit into the device."""
+    return (
+        f"out of memory with a batch of {shape[0]} images of {shape[2]}x{shape[3]}: "
+        "lower -b, or the size (--image-size, --tile-size)"
+    )
