@@ -1,0 +1,101 @@
+"""A plain U-Net: double 3x3 convolutions, max pooling, skips; small enough to train from scratch on a CPU.
+
+Up-sampling is bilinear, not a transposed convolution: it has no weights (10 % fewer in all), is as fast or faster on a
+CPU, leaves no checkerboard pattern, and without aligned corners it does not depend on the size of the tile.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+PLAIN_WIDTHS = {"plain-8": 8, "plain-12": 12, "plain-16": 16, "plain-32": 32, "plain-64": 64}
+OUTPUT_STRIDE = 16
+
+
+class DoubleConv(nn.Sequential):
+    """Two times 3x3 convolution, batch normalisation, ReLU; the size stays."""
+
+    def __init__(self, in_channels: int, out_channels: int, mid_channels: int | None = None) -> None:
+        mid_channels = mid_channels or out_channels
+        super().__init__(
+            nn.Conv2d(in_channels, mid_channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(mid_channels),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(mid_channels, out_channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(inplace=True),
+        )
+
+
+class PlainEncoder(nn.Module):
+    """Five stages at strides 1, 2, 4, 8, 16; the width doubles from `width` and stops at 8 times it."""
+
+    output_stride = OUTPUT_STRIDE
+
+    def __init__(self, in_channels: int, width: int) -> None:
+        super().__init__()
+        self.out_channels = (width, 2 * width, 4 * width, 8 * width, 8 * width)
+        incoming = (in_channels, *self.out_channels[:-1])
+        self.stages = nn.ModuleList(
+            DoubleConv(before, after) for before, after in zip(incoming, self.out_channels, strict=True)
+        )
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """Features of an image (N, C, H, W), H and W multiples of 16, finest first."""
+        features = [self.stages[0](image)]
+        for stage in self.stages[1:]:
+            features.append(stage(functional.max_pool2d(features[-1], 2)))  # (N, C_i, H / 2**i, W / 2**i)
+        return features
+
+
+class PlainDecoder(nn.Module):
+    """Four times: enlarge twice, join the skip, double convolution down to the next skip's width."""
+
+    def __init__(self, encoder_channels: Sequence[int]) -> None:
+        super().__init__()
+        below, blocks = encoder_channels[-1], []
+        skips = list(reversed(encoder_channels[:-1]))
+        for skip, narrower in zip(skips, [*skips[1:], skips[-1]], strict=True):
+            blocks.append(DoubleConv(skip + below, narrower))
+            below = narrower
+        self.blocks = nn.ModuleList(blocks)
+        self.out_channels = below
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Features as PlainEncoder returns them -> (N, width, H, W)."""
+        below = features[-1]
+        for skip, block in zip(reversed(features[:-1]), self.blocks, strict=True):
+            below = functional.interpolate(below, scale_factor=2, mode="bilinear", align_corners=False)
+            below = block(torch.cat((skip, below), dim=1))
+        return below
+
+
+class PlainUnet(nn.Module):
+    """Image (N, C, H, W) of any size -> logits (N, K, H, W)."""
+
+    def __init__(self, *, in_channels: int, num_logits: int, width: int) -> None:
+        super().__init__()
+        self.encoder = PlainEncoder(in_channels, width)
+        self.decoder = PlainDecoder(self.encoder.out_channels)
+        self.segmentation_head = nn.Sequential(nn.Conv2d(self.decoder.out_channels, num_logits, 1))
+        self.initialize()
+
+    def initialize(self) -> None:
+        """He initialisation for the ReLU layers, Xavier and no bias for the head."""
+        for part in (self.encoder, self.decoder):
+            for layer in part.modules():
+                if isinstance(layer, nn.Conv2d):
+                    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+        for name, weight in self.segmentation_head.named_parameters():
+            (nn.init.zeros_ if name.endswith("bias") else nn.init.xavier_uniform_)(weight)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits of an image; a size that 16 does not divide is filled up by repeating the last row and column."""
+        height, width = image.shape[-2:]
+        # Always padded, even by nothing: a branch on the size would fix it when the network is exported.
+        padding = (0, -width % OUTPUT_STRIDE, 0, -height % OUTPUT_STRIDE)
+        padded = functional.pad(image, padding, mode="replicate")
+        logits = self.segmentation_head(self.decoder(self.encoder(padded)))
+        return logits[..., :height, :width]
