@@ -36,7 +36,7 @@ class ModelConfig:
     `labels` are the mask values learned, in order; empty means that any non-zero value is the object.
     `class_names` has a name for every class index, the implicit background included.
     `channels`, `mean` and `std` run in network order (R G B extras), in raw pixel units.
-    `value_range` is the lowest and highest training pixel; `dtype` the type that training images had.
+    `value_range` holds the lowest and highest value of each channel, `dtype` the type that training images had.
     """
 
     architecture: str
@@ -54,7 +54,7 @@ class ModelConfig:
     roi_dir: str | None = None
     preprocess: tuple[str, ...] = ()
     dtype: str = "uint8"
-    value_range: tuple[float, float] = (0.0, 255.0)
+    value_range: tuple[tuple[float, ...], tuple[float, ...]] = ((0.0,), (255.0,))
     stride: int = 32
     min_side: int = 32
     activation: str = "auto"
@@ -142,7 +142,9 @@ def find_checkpoint(folder: Path) -> Path:
         FileNotFoundError: no folder, or no *.pth in it.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder} to look for checkpoints in; expected a run folder such as logs/NAME")
+        raise FileNotFoundError(
+            f"no folder {folder} to look for checkpoints in; expected a run folder such as logs/NAME"
+        )
     found = sorted([*folder.glob("*.pth"), *folder.glob("*/*.pth")], key=lambda path: path.stat().st_mtime)
     if not found:
         raise FileNotFoundError(f"no *.pth in {folder} or in the folders inside it; train.py writes one for each run")

@@ -3,11 +3,13 @@
 import argparse
 import importlib.metadata
 import json
+import os
 import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +160,22 @@ def _flag_words(action: argparse.Action, value: Any) -> list[str]:
     if isinstance(value, list):
         return [option, *map(str, value)] if value else []
     return [f"{option}={value}"] if option.startswith("--") else [option, str(value)]
+
+
+@contextmanager
+def plain_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """Turn errors about files, data and training into one message and exit status 1.
+
+    With TESSERA_TRACEBACK=1 in the environment they are raised as they are.
+    """
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        if os.environ.get("TESSERA_TRACEBACK") == "1":
+            raise
+        parser.exit(1, f"{parser.prog}: error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: interrupted; the same command goes on from the last finished epoch\n")
 
 
 def pick_device(name: str, cpu: bool = False) -> str:

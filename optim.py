@@ -14,6 +14,18 @@ SCHEDULES = ("cosine", "plateau", "one-cycle", "constant")
 SCHEDULE_NAMES = {"CosineAnnealingLR": "cosine", "ReduceLROnPlateau": "plateau", "OneCycleLR": "one-cycle"}
 
 
+def check_names(optimiser: str, schedule: str) -> None:
+    """Refuse names that are not known.
+
+    Raises:
+        ValueError: an unknown optimiser or schedule.
+    """
+    if optimiser.lower() not in [name.lower() for name in OPTIMISERS]:
+        raise ValueError(f"--optim {optimiser!r} is unknown; expected one of {' '.join(OPTIMISERS)}")
+    if SCHEDULE_NAMES.get(schedule, schedule) not in SCHEDULES:
+        raise ValueError(f"--scheduler {schedule!r} is unknown; expected one of {' '.join(SCHEDULES)}")
+
+
 def build_optimiser(
     name: str, model: nn.Module, *, lr: float, weight_decay: float, momentum: float
 ) -> torch.optim.Optimizer:
@@ -22,16 +34,15 @@ def build_optimiser(
     Raises:
         ValueError: an unknown name.
     """
-    known = {known_name.lower(): known_name for known_name in OPTIMISERS}
-    if name.lower() not in known:
-        raise ValueError(f"--optim {name!r} is unknown; expected one of {' '.join(OPTIMISERS)}")
+    check_names(name, "constant")
+    name = next(known for known in OPTIMISERS if known.lower() == name.lower())
     weights = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in weights if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    more: dict[str, Any] = {"momentum": momentum, "nesterov": momentum > 0} if known[name.lower()] == "SGD" else {}
-    return getattr(torch.optim, known[name.lower()])([g for g in groups if g["params"]], lr=lr, **more)
+    more: dict[str, Any] = {"momentum": momentum, "nesterov": momentum > 0} if name == "SGD" else {}
+    return getattr(torch.optim, name)([g for g in groups if g["params"]], lr=lr, **more)
 
 
 @dataclass(frozen=True)
@@ -56,8 +67,7 @@ class Schedule:
         self, optimiser: torch.optim.Optimizer, options: ScheduleOptions, *, lr: float, epochs: int, steps: int
     ) -> None:
         name = SCHEDULE_NAMES.get(options.name, options.name)
-        if name not in SCHEDULES:
-            raise ValueError(f"--scheduler {options.name!r} is unknown; expected one of {' '.join(SCHEDULES)}")
+        check_names("AdamW", name)
         self.optimiser, self.lr, self.steps, self.total = optimiser, lr, steps, max(1, epochs * steps)
         self.warmup_steps = round(options.warmup * steps)
         self.shape: Callable[[float], float] = {"cosine": cosine, "one-cycle": one_cycle}.get(name, lambda _: 1.0)

@@ -69,7 +69,7 @@ class Statistics:
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    value_range: tuple[float, float]
+    value_range: tuple[tuple[float, ...], tuple[float, ...]]
     source: str
 
 
@@ -385,6 +385,18 @@ def class_pixels(facts: Sequence[PairFacts], classes: ClassMap) -> np.ndarray:
     return totals[: len(classes.names)]
 
 
+def balanced_weights(pixels: np.ndarray) -> np.ndarray:
+    """Weights of classes that make each class that occurs count the same, (K,) float32; absent ones get 0.
+
+    Args:
+        pixels: pixels of each class, (K,).
+    """
+    occurs = pixels > 0
+    weights = np.zeros(len(pixels), np.float32)
+    weights[occurs] = pixels.sum() / (occurs.sum() * pixels[occurs])
+    return weights
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Statistics
 
@@ -405,13 +417,16 @@ def _counted(item: PairFacts) -> bool:
     return all(layer.pixels for layer in item.layers)
 
 
-def value_range(facts: Sequence[PairFacts]) -> tuple[float, float]:
-    """Lowest and highest value that training pixels may take: 0..255 for 8 bit, else what the files hold."""
-    layers = [layer for item in facts for layer in item.layers if layer.pixels]
-    if all(layer.dtype == "uint8" for layer in layers):
-        return 0.0, 255.0
-    low = min(layer.low for layer in layers)
-    return (min(low, 0.0) if low >= 0 else low), max(layer.high for layer in layers)
+def value_range(facts: Sequence[PairFacts]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Lowest and highest value of each channel: 0 and 255 for 8 bit, else from 0 (or less) to what the files hold."""
+    low: list[float] = []
+    high: list[float] = []
+    for place, first in enumerate(facts[0].layers):
+        layers = [item.layers[place] for item in facts if item.layers[place].pixels]
+        eight_bit = all(layer.dtype == "uint8" for layer in layers)
+        low += [0.0 if eight_bit else min(0.0, *(layer.low for layer in layers))] * first.channels
+        high += [255.0 if eight_bit else max(layer.high for layer in layers)] * first.channels
+    return tuple(low), tuple(high)
 
 
 def digest(facts: Sequence[PairFacts], steps: Sequence[str], extra: str = "") -> str:
@@ -437,13 +452,13 @@ def load_or_compute_statistics(
             mean, std, found = read_statistics(place)
             if len(mean) == len(order) and found in (mark, None):
                 source = f"{place}" + ("" if found else " (no digest in it, taken as given)")
-                return Statistics(tuple(mean[order]), tuple(std[order]), extent, source)
+                return Statistics(tuple(mean[order].tolist()), tuple(std[order].tolist()), extent, source)
     mean, std = statistics(facts)
     text = _statistics_text(mean[order], std[order], mark, steps)
     target = run_dir / STATISTICS_FILE if path.exists() or not os.access(root, os.W_OK) else path
     write_text(target, text)
     mean, std, _ = read_statistics(target)
-    return Statistics(tuple(mean[order]), tuple(std[order]), extent, f"computed, kept in {target}")
+    return Statistics(tuple(mean[order].tolist()), tuple(std[order].tolist()), extent, f"computed, kept in {target}")
 
 
 def _file_order(facts: Sequence[PairFacts]) -> list[int]:
@@ -454,7 +469,7 @@ def _file_order(facts: Sequence[PairFacts]) -> list[int]:
 
 def _statistics_text(mean: np.ndarray, std: np.ndarray, mark: str, steps: Sequence[str]) -> str:
     lines = [" ".join(f"{value:.9g}" for value in row) for row in (mean, std)]
-    note = f"# digest {mark}; order B G R extras (one or many bands: as in the file); preprocess {'+'.join(steps) or 'none'}"
+    note = f"# digest {mark}; order B G R extras, or that of the bands; preprocess {'+'.join(steps) or 'none'}"
     return "\n".join([*lines, note]) + "\n"
 
 

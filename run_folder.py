@@ -1,0 +1,120 @@
+"""The run folder logs/<exp>/: metrics.jsonl, the csv of scores, learning curves, TensorBoard events."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from image_io import write_text
+from plots import learning_curves
+
+CSV_NAME = "_iou_per_epoch_val.csv"
+
+
+class RunFolder:
+    """Writes what a training run leaves behind; opening it again cuts everything back to the checkpoint's epoch.
+
+    Args:
+        path: logs/<exp>.
+        epoch: epochs that the checkpoint has finished, 0 for a new run.
+        val_names: names of the validation sets, the main one first.
+        decimal: decimal sign of the csv file, "comma" or "dot".
+    """
+
+    def __init__(self, path: Path, *, epoch: int, val_names: Sequence[str], decimal: str = "comma") -> None:
+        self.path, self.decimal, self.val_names = path, decimal, tuple(val_names)
+        path.mkdir(parents=True, exist_ok=True)
+        self.history = [row for row in read_history(path) if row["epoch"] <= epoch]
+        self._write_tables()
+        self.writer = SummaryWriter(str(path), purge_step=epoch + 1 if epoch else None)
+        self._layout()
+
+    @property
+    def best_path(self) -> Path:
+        """Where the best checkpoint is kept."""
+        return self.path / f"{self.path.name}.pth"
+
+    @property
+    def last_path(self) -> Path:
+        """Where the state to go on from is kept; no extension, so that *.pth finds only the best."""
+        return self.path / "last_checkpoint"
+
+    def log_epoch(self, row: dict[str, Any]) -> None:
+        """Add an epoch to TensorBoard, metrics.jsonl, the csv file and the learning curves.
+
+        Args:
+            row: {"epoch", "lr", "train": {"loss", "iou"}, "val": {set name: {"loss", "iou", "dice", ...}}, ...}.
+        """
+        self._log_scalars(row)
+        self.history.append(row)
+        self._write_tables()
+        learning_curves(self.history, self.path)
+
+    def log_images(self, tag: str, panels: Sequence[np.ndarray], epoch: int) -> None:
+        """Add pictures (H, W, 3) uint8 to TensorBoard, numbered under one tag."""
+        for place, panel in enumerate(panels):
+            self.writer.add_image(f"{tag}/{place + 1}", panel, epoch, dataformats="HWC")
+
+    def log_settings(self, flags: Mapping[str, Any], scores: Mapping[str, float]) -> None:
+        """Add the flags as text and as hyper-parameters beside the final scores."""
+        table = "\n".join(["| flag | value |", "|---|---|", *(f"| {key} | {value} |" for key, value in flags.items())])
+        self.writer.add_text("flags", table)
+        plain = {key: value for key, value in flags.items() if isinstance(value, (int, float, str, bool))}
+        for summary in hparams(plain, dict(scores)):
+            self.writer.file_writer.add_summary(summary)
+
+    def close(self) -> None:
+        """Write what is still in memory."""
+        self.writer.close()
+
+    def _layout(self) -> None:
+        charts = {
+            "Loss": ["Multiline", [f"{name} loss" for name in self.val_names]],
+            "IOU": ["Multiline", [f"{name} iou" for name in self.val_names]],
+        }
+        self.writer.add_custom_scalars({"Validation": charts})
+
+    def _log_scalars(self, row: dict[str, Any]) -> None:
+        epoch, write = row["epoch"], self.writer.add_scalar
+        write("Accuracy/train", _number(row["train"]["iou"]), epoch)
+        write("Loss/train", row["train"]["loss"], epoch)
+        write("Learning rate", row["lr"], epoch)
+        for name, scores in row["val"].items():
+            write(f"{name} iou", _number(scores["iou"]), epoch)
+            write(f"{name} loss", scores["loss"], epoch)
+            write(f"{name} dice", _number(scores["dice"]), epoch)
+            for class_name, value in scores["classes"].items():
+                write(f"{name} iou by class/{class_name}", _number(value), epoch)
+        write("Time/seconds an epoch", row["seconds"], epoch)
+        self.writer.flush()
+
+    def _write_tables(self) -> None:
+        """Rewrite both tables whole: a kill leaves the old ones or the new ones."""
+        write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.history))
+        lines = ["epoch; iou"]
+        for row in self.history:
+            lines.append(f"{row['epoch']}; {_number(row['val'][self.val_names[0]]['iou']):.4f}")
+        text = "\n".join(lines) + "\n"
+        write_text(self.path / CSV_NAME, text.replace(".", ",") if self.decimal == "comma" else text)
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else value
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """Rows of a run's metrics.jsonl; a last line cut short by a kill is left out."""
+    file = path / "metrics.jsonl"
+    if not file.is_file():
+        return []
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows

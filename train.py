@@ -1,0 +1,439 @@
+"""Train a segmentation network on labelled images.
+
+Example:
+    python train.py -d data/sample -m plain-unet --encoder plain-16 -e 20
+"""
+
+import argparse
+import json
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cli
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Flags of train.py."""
+    parser = cli.make_parser("Train a segmentation network on labelled images.")
+    add_data_args(parser)
+    add_network_args(parser)
+    add_sample_args(parser)
+    add_optimisation_args(parser)
+    cli.add_run_args(parser, batch=6)
+    cli.add_score_args(parser)
+    cli.add_log_args(parser, exp_name="<model>_<encoder>_<data set>")
+    return parser
+
+
+def add_data_args(parser: argparse.ArgumentParser) -> None:
+    """Add the flags about files and classes."""
+    cli.add_split_args(parser, val_share=0.2)
+    group = parser.add_argument_group("data")
+    group.add_argument("-d", "--dataset", type=Path, required=True, metavar="DIR", help="data set root")
+    group.add_argument("-val", "--val-dir", type=Path, metavar="DIR", help="validation split that lies elsewhere")
+    group.add_argument("--val-ids", type=Path, metavar="CSV", help="validate on the images named in its column id")
+    group.add_argument(
+        "--add-dirs", nargs="+", default=[], metavar="NAME", help="folders beside images/ with an extra channel each"
+    )
+    group.add_argument(
+        "--class-list",
+        metavar="LABELS",
+        help='mask labels to learn, such as "64 128"; "nonzero": any other than 0; without it masks of 0 and x mean x',
+    )
+    group.add_argument("--max-mask-val", type=cli.natural, default=0, metavar="N", help="learn the labels 1 to N")
+    group.add_argument("--class-names", nargs="+", metavar="NAME", help="names of the labels, in their order")
+    group.add_argument("--ignore-label", type=int, metavar="N", help="mask label that counts nowhere")
+    group.add_argument("--mask-threshold", type=float, metavar="T", help="mask values above it are the object")
+    group.add_argument(
+        "--preprocess", nargs="+", choices=("clahe", "denoise", "stretch"), default=[], help="steps before statistics"
+    )
+
+
+def add_network_args(parser: argparse.ArgumentParser) -> None:
+    """Add the flags about the network."""
+    group = parser.add_argument_group("network")
+    group.add_argument("-m", "--model", default="deeplabv3+", metavar="NAME", help="architecture of smp, or plain-unet")
+    group.add_argument("--encoder", default="efficientnet-b0", metavar="NAME", help="encoder of smp or timm")
+    group.add_argument(
+        "--encoder-weights",
+        default="imagenet",
+        metavar="W",
+        help="imagenet (downloaded), none, or a file of weights; plain-unet has none of imagenet",
+    )
+    group.add_argument("--init-from", type=Path, metavar="CKPT", help="start from the whole network of a checkpoint")
+
+
+def add_sample_args(parser: argparse.ArgumentParser) -> None:
+    """Add the flags about samples."""
+    group = parser.add_argument_group("samples")
+    group.add_argument(
+        "--image-size", type=cli.positive_int, nargs="+", default=[512], metavar="S", help="side, or height and width"
+    )
+    group.add_argument(
+        "--crops",
+        type=cli.natural,
+        default=0,
+        metavar="N",
+        help="take N random crops of --image-size from each image at native scale; 0: resize the whole image to it",
+    )
+    group.add_argument(
+        "--foreground-quota",
+        type=cli.share,
+        default=0.33,
+        metavar="X",
+        help="share of crops that hold a labelled pixel",
+    )
+    group.add_argument(
+        "-a", "--augmentation", default="hard", metavar="PRESET", help="safe light medium hard one none vessel"
+    )
+
+
+def add_optimisation_args(parser: argparse.ArgumentParser) -> None:
+    """Add the flags about loss, optimiser and schedule."""
+    group = parser.add_argument_group("optimisation")
+    group.add_argument(
+        "-e", "--epochs", type=cli.natural, default=50, metavar="N", help="epochs in all, also on resume"
+    )
+    group.add_argument("-lr", type=cli.positive_float, default=1e-3, metavar="X", help="highest learning rate")
+    group.add_argument("--loss", default="DiceLoss", metavar="SUM", help='a loss or a sum such as "0.3*ce+0.7*dice"')
+    group.add_argument(
+        "--class-weights", nargs="+", metavar="W", help="a number per class, or auto from the label counts"
+    )
+    group.add_argument("--optim", default="AdamW", metavar="NAME", help="AdamW, Adam or SGD")
+    group.add_argument("--weight-decay", type=float, default=1e-4, metavar="X", help="decay of weights, not of biases")
+    group.add_argument("--momentum", type=cli.share, default=0.9, metavar="X", help="momentum of SGD")
+    group.add_argument(
+        "-sc", "--scheduler", default="cosine", metavar="NAME", help="cosine, plateau, one-cycle or constant"
+    )
+    group.add_argument("--warmup", type=float, default=0, metavar="N", help="epochs of rising learning rate")
+    group.add_argument("--plateau-factor", type=cli.share, default=0.1, metavar="X", help="what plateau multiplies by")
+    group.add_argument("--plateau-patience", type=cli.natural, default=10, metavar="N", help="epochs it waits")
+    group.add_argument(
+        "--plateau-cooldown", type=cli.natural, default=0, metavar="N", help="epochs it rests after that"
+    )
+    group.add_argument("--amp", choices=("no", "bf16", "fp16"), default="no", help="precision inside autocast")
+    group.add_argument("--accumulate", type=cli.positive_int, default=1, metavar="N", help="batches for one step")
+    group.add_argument("--clip", type=float, default=0, metavar="X", help="largest gradient norm; 0: no limit")
+    group.add_argument(
+        "--channels-last", action=argparse.BooleanOptionalAction, default=True, help="memory layout of tensors"
+    )
+    group.add_argument(
+        "--early-stop", type=cli.natural, default=0, metavar="N", help="end after N epochs without a best"
+    )
+    group.add_argument("--monitor", choices=("iou", "dice", "loss"), default="iou", help="what decides which is best")
+    group.add_argument("--worst", type=cli.natural, default=4, metavar="N", help="worst validation images to show")
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data set of a run after its check."""
+
+    train: list[Any]
+    val: list[Any]
+    val_name: str
+    classes: Any
+    present: list[tuple[int, ...]]
+    pixels: Any
+    statistics: Any
+    channels: tuple[str, ...]
+    rgb: bool
+    dtype: str
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, check the data, train, print the score."""
+    parser = build_parser()
+    args = cli.parse(parser, argv)
+    if len(args.image_size) > 2:
+        parser.error(f"--image-size takes one number or two, found {len(args.image_size)}")
+    with cli.plain_errors(parser):
+        check_names(parser, args)
+        device = cli.pick_device(args.device, args.cpu)
+        print(f"device: {device}")
+        run_dir = args.log_dir / (args.exp_name or default_name(args))
+        data = prepare_data(args, run_dir)
+        train(args, data, run_dir, device, cli.run_record(args, argv))
+
+
+def default_name(args: argparse.Namespace) -> str:
+    """Name of a run that was given none; the same command finds the same run again."""
+    root = args.dataset.resolve().name
+    return f"{args.model}_{args.encoder}_{root}".replace("/", "-").replace("+", "plus")
+
+
+def check_names(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse unknown names before any file is read."""
+    import torch
+
+    import augmentations
+    import losses
+    import model
+    import optim
+
+    try:
+        losses.build_loss(args.loss, num_logits=2)
+        augmentations.Augmentation(args.augmentation, rgb=True, value_range=(0, 255))
+        optim.check_names(args.optim, args.scheduler)
+        with torch.device("meta"):
+            model.build_model(args.model, args.encoder, in_channels=3, num_logits=1)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def prepare_data(args: argparse.Namespace, run_dir: Path) -> Data:
+    """Pair, scan and check the files; say what was found; stop on errors."""
+    import dataset
+    import scan
+
+    options = dataset.FileOptions(tuple(args.add_dirs), args.roi_dir, args.ids, args.val_share, args.group_pattern)
+    train, val, note = dataset.find_splits(args.dataset, options, val_dir=args.val_dir, val_ids=args.val_ids)
+    checked = scan.check_dataset(
+        train, val, lambda counts: choose_classes(args, counts), steps=args.preprocess, progress=progress_bar
+    )
+    for message in checked.warnings:
+        print(f"warning: {message}")
+    classes = checked.raise_errors()
+    root = train.folder.parent if train.folder.name == "train" else train.folder
+    statistics = scan.load_or_compute_statistics(root, run_dir, checked.train, args.preprocess)
+    print(f"{len(checked.train)} training and {len(checked.val)} validation images; {note}")
+    print(f"classes: {', '.join(classes.names)}; statistics: {statistics.source}")
+    return Data(
+        train=[item.pair for item in checked.train],
+        val=[item.pair for item in checked.val],
+        val_name=val.name,
+        classes=classes,
+        present=[scan.classes_present(item, classes) for item in checked.train],
+        pixels=scan.class_pixels(checked.train, classes),
+        statistics=statistics,
+        channels=scan.channel_names(checked.train, args.add_dirs),
+        rgb=checked.train[0].channels == 3,
+        dtype=checked.train[0].layers[0].dtype,
+    )
+
+
+def progress_bar(items: Iterable[Any], total: int) -> Iterable[Any]:
+    """Show how far the check of the files is."""
+    from tqdm import tqdm
+
+    return tqdm(items, total=total, desc="checking files", leave=False, disable=None, unit="file")
+
+
+def choose_classes(args: argparse.Namespace, counts: Counter[int]) -> Any:
+    """Classes from the flags and the labels that occur; a choice that was made for the user is said."""
+    import scan
+
+    classes = scan.resolve_classes(
+        args.class_list,
+        counts,
+        names=args.class_names,
+        ignore_label=args.ignore_label,
+        mask_threshold=args.mask_threshold,
+        max_mask_val=args.max_mask_val,
+    )
+    if not (args.class_list or args.max_mask_val or args.mask_threshold is not None):
+        print(f"no --class-list: the masks hold 0 and {classes.labels[0]}, so {classes.labels[0]} is the object")
+    return classes
+
+
+def build_config(args: argparse.Namespace, data: Data, stride: int, min_side: int) -> Any:
+    """Describe the network and how pixels meet it.
+
+    Raises:
+        ValueError: a size that the network cannot take.
+    """
+    from checkpoint import Geometry, ModelConfig
+
+    size = (args.image_size[0], args.image_size[-1])
+    for side in size:
+        if side % stride or side < min_side:
+            fit = max(-(-min_side // stride), round(side / stride)) * stride
+            raise ValueError(
+                f"--image-size {side}: {args.model} takes multiples of {stride} from {min_side} on; try {fit}"
+            )
+    if args.crops:
+        tile = max(min(1024, 4 * max(size)), *size)
+        geometry = Geometry("crops", size, tile=tile, overlap=tile // 4, halo=tile // 16)
+    else:
+        geometry = Geometry("resize", size)
+    return ModelConfig(
+        architecture=args.model,
+        encoder=args.encoder,
+        labels=data.classes.labels,
+        class_names=data.classes.names,
+        channels=data.channels,
+        mean=data.statistics.mean,
+        std=data.statistics.std,
+        geometry=geometry,
+        ignore_label=args.ignore_label,
+        mask_threshold=args.mask_threshold,
+        max_mask_val=args.max_mask_val,
+        add_dirs=tuple(args.add_dirs),
+        roi_dir=args.roi_dir,
+        preprocess=tuple(args.preprocess),
+        dtype=data.dtype,
+        value_range=data.statistics.value_range,
+        stride=stride,
+        min_side=min_side,
+        batch=args.batch,
+        val_share=args.val_share,
+        group_pattern=args.group_pattern,
+    )
+
+
+def build_network(args: argparse.Namespace, data: Data, *, fresh: bool) -> tuple[Any, Any]:
+    """The network, with its starting weights if the run is fresh, and the config that describes it."""
+    import torch
+
+    import model
+    from checkpoint import load_checkpoint
+
+    torch.manual_seed(args.seed)
+    num_classes = len(data.classes.names)
+    num_logits = 1 if num_classes == 2 and data.classes.has_background else num_classes
+    network = model.build_model(args.model, args.encoder, in_channels=len(data.channels), num_logits=num_logits)
+    config = build_config(args, data, *model.stride_and_min_side(args.model, args.encoder, network))
+    published = args.encoder_weights.lower()
+    if not fresh:
+        pass
+    elif args.init_from:
+        print(model.init_from(network, load_checkpoint(args.init_from)[1]["model_state_dict"]))
+    elif published != "none" and (args.model, published) != ("plain-unet", "imagenet"):
+        print(model.load_encoder_weights(network, args.encoder_weights, in_channels=len(data.channels)))
+    model.tolerate_single_values(network)
+    print(f"{args.model} {args.encoder}: {model.count_parameters(network) / 1e6:.2f} M parameters")
+    return network, config
+
+
+def build_training_loss(args: argparse.Namespace, config: Any, pixels: Any) -> Any:
+    """The loss by its name, with class weights from the flag or from label counts."""
+    import torch
+
+    import losses
+    import scan
+
+    weights = None
+    if args.class_weights == ["auto"]:
+        weights = torch.from_numpy(scan.balanced_weights(pixels))
+    elif args.class_weights:
+        weights = torch.tensor([float(word) for word in args.class_weights])
+    if weights is not None:
+        shown = ", ".join(
+            f"{name} {value:.3g}" for name, value in zip(config.class_names, weights.tolist(), strict=False)
+        )
+        print(f"class weights: {shown}")
+    return losses.build_loss(args.loss, num_logits=config.num_logits, class_weights=weights)
+
+
+def fit_options(args: argparse.Namespace) -> Any:
+    """Flags about optimisation as the trainer takes them."""
+    from optim import ScheduleOptions
+    from trainer import FitOptions
+
+    schedule = ScheduleOptions(
+        args.scheduler, args.warmup, args.plateau_factor, args.plateau_patience, args.plateau_cooldown
+    )
+    return FitOptions(
+        epochs=args.epochs,
+        lr=args.lr,
+        optimiser=args.optim,
+        weight_decay=args.weight_decay,
+        momentum=args.momentum,
+        schedule=schedule,
+        amp=args.amp,
+        accumulate=args.accumulate,
+        clip=args.clip,
+        patience=args.early_stop,
+        monitor=args.monitor,
+        channels_last=args.channels_last,
+        keep_worst=args.worst,
+        empty=args.empty,
+    )
+
+
+def train(args: argparse.Namespace, data: Data, run_dir: Path, device: str, record: dict[str, Any]) -> None:
+    """Build everything, go on from a last_checkpoint if there is one, fit, print the score of the best."""
+    import trainer
+    from augmentations import Augmentation
+    from dataset import EpochSampler, EvaluationSet, TrainingSet, training_loader
+    from image_io import write_text
+    from run_folder import RunFolder
+
+    network, config = build_network(args, data, fresh=not (run_dir / "last_checkpoint").is_file())
+    loss = build_training_loss(args, config, data.pixels)
+    augmentation = Augmentation(args.augmentation, rgb=data.rgb, value_range=data.statistics.value_range)
+    sampler = EpochSampler(
+        data.present,
+        batch=args.batch,
+        crops=max(1, args.crops),
+        quota=args.foreground_quota if args.crops else 0,
+        seed=args.seed,
+    )
+    batches = training_loader(
+        TrainingSet(data.train, data.classes, config, augmentation), sampler, args.workers, device.startswith("cuda")
+    )
+    options = fit_options(args)
+    learner = trainer.build_learner(network, options, device=device, steps=-(-len(batches) // args.accumulate))
+    if trainer.resume(learner, run_dir / "last_checkpoint", config):
+        print(f"going on in {run_dir} after epoch {learner.progress.epoch}")
+        say_changed_flags(run_dir, record["flags"])
+    run = RunFolder(run_dir, epoch=learner.progress.epoch, val_names=[data.val_name], decimal=args.decimal)
+    write_text(run_dir / "args.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    val_set = EvaluationSet(data.val, data.classes, config)
+    trainer.fit(
+        learner,
+        config,
+        batches,
+        sampler,
+        {data.val_name: val_set},
+        loss,
+        options,
+        run,
+        workers=args.workers,
+        report=print,
+    )
+    finish(args, run, val_set, learner, device)
+
+
+def say_changed_flags(run_dir: Path, flags: dict[str, Any]) -> None:
+    """Name the flags that differ from those the run was started with."""
+    path = run_dir / "args.json"
+    if not path.is_file():
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))["flags"]
+    quiet = {"epochs", "workers", "log_dir", "exp_name", "baselines", "cpu", "device", "encoder_weights", "init_from"}
+    for name in sorted(flags.keys() & before.keys() - quiet):
+        if flags[name] != before[name]:
+            print(f"warning: {name} was {before[name]} when this run began, it goes on with {flags[name]}")
+
+
+def finish(args: argparse.Namespace, run: Any, val_set: Any, learner: Any, device: str) -> None:
+    """Score the best checkpoint on the validation set and print it, with the baselines if they were asked for."""
+    import metrics
+    import trainer
+    from backends import torch_forward
+    from checkpoint import load_checkpoint
+
+    config, saved = load_checkpoint(run.best_path)
+    network = learner.accelerator.unwrap_model(learner.model)
+    network.load_state_dict(saved["model_state_dict"])
+    forward = torch_forward(network, device)
+    predictions = trainer.predict_samples(forward, val_set, batch=config.batch, workers=args.workers)
+    result = trainer.evaluate(predictions, trainer.build_scorer(config, empty=args.empty))
+    print(f"\nbest epoch {saved['epoch']} of {learner.progress.epoch}, {run.best_path}")
+    print(metrics.score_table(result.summary))
+    if args.baselines and config.num_logits == 1:
+        for name, summary in trainer.score_baselines(val_set, empty=args.empty).items():
+            print(f"for comparison: {name} IoU {summary['iou']:.4f} Dice {summary['dice']:.4f}")
+    run.log_settings(
+        vars(args), {"hparam/iou": result.summary["iou"] or 0.0, "hparam/dice": result.summary["dice"] or 0.0}
+    )
+    run.close()
+    print(f"tensorboard --logdir {shlex.quote(str(args.log_dir))}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,569 @@
+"""Fit a network, and evaluate it: the one evaluation that train.py and validate.py share."""
+
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from backends import Forward, out_of_memory, torch_forward
+from checkpoint import ModelConfig, load_checkpoint, save_checkpoint
+from dataset import Batch, ClassMap, EpochSampler, EvaluationSet, Pair, Sample, evaluation_loader, load_image
+from image_io import IGNORE_INDEX, resize_image
+from metrics import Scorer
+from optim import Schedule, ScheduleOptions, build_optimiser
+from plots import sample_panel
+from run_folder import RunFolder
+from tiling import predict_tiled
+
+MONITORS = ("iou", "dice", "loss")
+AMP = ("no", "bf16", "fp16")
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on; the message says at which step, with which learning rate and files."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Probabilities (K, H, W) float32 of one image at its original size, with its mask (H, W) uint8 or None."""
+
+    sample: Sample
+    probs: np.ndarray
+    mask: np.ndarray | None
+
+
+def predict_samples(
+    forward: Forward, data: EvaluationSet, *, batch: int, workers: int, description: str = ""
+) -> Iterator[Prediction]:
+    """Predict whole images in order, as the geometry of the checkpoint says.
+
+    `resize`: probabilities are resized back to the image's size. `crops`: native scale, in tiles where the image is
+    larger than one.
+    """
+    config = data.config
+    loader = evaluation_loader(data, batch, workers)
+    with tqdm(total=len(data), desc=description, leave=False, disable=not description or None, unit="img") as bar:
+        for samples in loader:
+            predict = _predict_resized if config.geometry.kind == "resize" else _predict_native
+            for sample, probs in zip(samples, predict(forward, samples, config, batch), strict=True):
+                mask = None if sample.mask is None else sample.mask.numpy()
+                yield Prediction(sample, probs, mask)
+            bar.update(len(samples))
+
+
+def _predict_resized(
+    forward: Forward, samples: Sequence[Sample], config: ModelConfig, batch: int
+) -> Iterator[np.ndarray]:
+    for sample, probs in zip(samples, forward(np.stack([s.tensor.numpy() for s in samples])), strict=True):
+        if not np.isfinite(probs).all():
+            raise ValueError(f"{sample.pair.image}: the network's probabilities are not finite")
+        yield np.ascontiguousarray(resize_image(probs.transpose(1, 2, 0), sample.size).transpose(2, 0, 1))
+
+
+def _predict_native(
+    forward: Forward, samples: Sequence[Sample], config: ModelConfig, batch: int
+) -> Iterator[np.ndarray]:
+    geometry = config.geometry
+    for sample in samples:
+        yield predict_tiled(
+            sample.tensor.numpy(),
+            forward,
+            tile=geometry.tile,
+            overlap=geometry.overlap,
+            halo=geometry.halo,
+            stride=config.stride,
+            min_side=config.min_side,
+            batch_size=batch,
+        )
+
+
+@dataclass
+class Evaluation:
+    """Scores of one validation set: the loss, the summary of the scorer, and the worst images of all."""
+
+    loss: float | None
+    summary: dict[str, Any]
+    worst: list[tuple[float, Pair, np.ndarray, np.ndarray]] = field(default_factory=list)
+
+    @property
+    def iou(self) -> float | None:
+        """Headline IoU: the object's, or the mean over classes."""
+        return self.summary["iou"]
+
+
+def evaluate(
+    predictions: Iterable[Prediction], scorer: Scorer, *, loss: LossFunction | None = None, keep_worst: int = 0
+) -> Evaluation:
+    """Score predictions against their masks.
+
+    Args:
+        loss: also computed, for each image whole, from its probabilities; the mean over images is reported.
+        keep_worst: how many of the images with the lowest IoU to keep, with truth and prediction.
+    """
+    losses: list[float] = []
+    worst: list[tuple[float, Pair, np.ndarray, np.ndarray]] = []
+    for prediction in predictions:
+        probs, mask = prediction.probs, prediction.mask
+        if mask is None:
+            continue
+        scores = scorer.update(prediction.sample.pair.name, probs, mask)
+        if loss is not None and (mask != IGNORE_INDEX).any():
+            losses.append(loss_of_probs(loss, probs, mask))
+        if keep_worst:
+            iou = 2.0 if scores["iou"] is None else scores["iou"]
+            if len(worst) < keep_worst or iou < worst[-1][0]:
+                worst.append((iou, prediction.sample.pair, mask, probs))
+                worst = sorted(worst, key=lambda item: item[0])[:keep_worst]
+    return Evaluation(float(np.mean(losses)) if losses else None, scorer.summary(), worst)
+
+
+def loss_of_probs(loss: LossFunction, probs: np.ndarray, mask: np.ndarray) -> float:
+    """Loss of one image (K, H, W) from its probabilities: their logarithms are logits that give them back."""
+    values = torch.from_numpy(probs)[None].clamp(1e-7, 1 - 1e-7)
+    logits = values.logit() if probs.shape[0] == 1 else values.log()
+    with torch.inference_mode():
+        return float(loss(logits, torch.from_numpy(mask)[None].long()))
+
+
+def build_scorer(config: ModelConfig, *, threshold: float = 0.5, empty: str = "skip") -> Scorer:
+    """A scorer for the classes of a checkpoint."""
+    return Scorer(
+        config.class_names,
+        binary=config.num_logits == 1,
+        threshold=threshold,
+        empty=empty,
+        has_background=0 not in config.labels,
+    )
+
+
+def score_baselines(data: EvaluationSet, *, empty: str) -> dict[str, dict[str, Any]]:
+    """Score what needs no network on the same images: all foreground, and Otsu's threshold of the grey picture.
+
+    Otsu gets the better of its two polarities for each image by the truth, so it is flattered.
+
+    Reference: Otsu 1979, A threshold selection method from gray-level histograms.
+    """
+    config = data.config
+    scorers = {name: build_scorer(config, empty=empty) for name in ("all foreground", "Otsu")}
+    classes = ClassMap.from_config(config)
+    for pair in data.pairs:
+        sample = EvaluationSet([pair], classes, config)[0]
+        if sample.mask is None:
+            continue
+        mask = sample.mask.numpy()
+        grey = load_image(pair, config.channels, ())[0].mean(axis=2)
+        bright = grey > otsu_threshold(grey)
+        scorers["all foreground"].update_pred(pair.name, np.ones_like(mask), mask)
+        counted = mask != IGNORE_INDEX
+        truth = mask == 1
+        fits = [(side & truth & counted).sum() / max(1, ((side | truth) & counted).sum()) for side in (bright, ~bright)]
+        scorers["Otsu"].update_pred(pair.name, bright if fits[0] >= fits[1] else ~bright, mask)
+    return {name: scorer.summary() for name, scorer in scorers.items()}
+
+
+def otsu_threshold(grey: np.ndarray) -> float:
+    """The value that splits a picture (H, W) into two groups with the largest variance between them."""
+    counts, edges = np.histogram(grey, bins=256)
+    centres = (edges[:-1] + edges[1:]) / 2
+    below = np.cumsum(counts)[:-1]
+    above = below[-1] + counts[-1] - below
+    sums = np.cumsum(counts * centres)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        gap = sums[:-1] / below - (sums[-1] - sums[:-1]) / above
+        between = np.nan_to_num(below * above * gap**2)
+    return float(edges[1 + int(between.argmax())])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """How to train.
+
+    clip: largest norm of the gradient; 0 is no limit. patience: epochs without a best that end the run; 0 is never.
+    """
+
+    epochs: int = 50
+    lr: float = 1e-3
+    optimiser: str = "AdamW"
+    weight_decay: float = 1e-4
+    momentum: float = 0.9
+    schedule: ScheduleOptions = ScheduleOptions()
+    amp: str = "no"
+    accumulate: int = 1
+    clip: float = 0.0
+    patience: int = 0
+    monitor: str = "iou"
+    channels_last: bool = True
+    keep_worst: int = 4
+    empty: str = "skip"
+
+
+@dataclass
+class Progress:
+    """How far a run is; stored in last_checkpoint."""
+
+    epoch: int = 0
+    step: int = 0
+    best: float | None = None
+    best_epoch: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class Learner:
+    """What learns: the network and everything whose state a resumed run needs."""
+
+    model: nn.Module
+    optimiser: torch.optim.Optimizer
+    schedule: Schedule
+    accelerator: Accelerator
+    progress: Progress = field(default_factory=Progress)
+
+    def state(self) -> dict[str, Any]:
+        """Everything but the weights, as plain types and tensors."""
+        scaler = self.accelerator.scaler
+        return {
+            "epoch": self.progress.epoch,
+            "progress": asdict(self.progress),
+            "max_score": self.progress.best,
+            "optimizer_name": type(self.optimiser).__name__,
+            "optimizer_state_dict": self.optimiser.state_dict(),
+            "scheduler_state_dict": self.schedule.state_dict(),
+            "scaler_state_dict": scaler.state_dict() if scaler else {},
+            "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
+        }
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Go back to a state that was saved."""
+        self.accelerator.unwrap_model(self.model).load_state_dict(saved["model_state_dict"])
+        self.optimiser.load_state_dict(saved["optimizer_state_dict"])
+        self.schedule.load_state_dict(saved["scheduler_state_dict"])
+        if self.accelerator.scaler and saved["scaler_state_dict"]:
+            self.accelerator.scaler.load_state_dict(saved["scaler_state_dict"])
+        torch.set_rng_state(saved["rng"]["cpu"])
+        if saved["rng"]["cuda"] and torch.cuda.device_count() == len(saved["rng"]["cuda"]):
+            torch.cuda.set_rng_state_all(saved["rng"]["cuda"])
+        self.progress = Progress(**saved["progress"])
+
+
+def build_learner(model: nn.Module, options: FitOptions, *, device: str, steps: int) -> Learner:
+    """Put a network and its optimiser in the hands of Accelerate.
+
+    Args:
+        steps: optimiser steps in one epoch.
+    """
+    os.environ["ACCELERATE_TORCH_DEVICE"] = device
+    accelerator = Accelerator(mixed_precision=options.amp, cpu=device == "cpu")
+    if options.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    optimiser = build_optimiser(
+        options.optimiser, model, lr=options.lr, weight_decay=options.weight_decay, momentum=options.momentum
+    )
+    model, optimiser = accelerator.prepare(model, optimiser)
+    schedule = Schedule(optimiser, options.schedule, lr=options.lr, epochs=options.epochs, steps=steps)
+    return Learner(model, optimiser, schedule, accelerator)
+
+
+def resume(learner: Learner, path: Path, config: ModelConfig) -> bool:
+    """Restore a run from its last_checkpoint; False when there is none.
+
+    Raises:
+        ValueError: the checkpoint belongs to another network, other classes or another geometry.
+    """
+    if not path.is_file():
+        return False
+    saved_config, saved = load_checkpoint(path)
+    for name in ("architecture", "encoder", "labels", "class_names", "channels", "geometry", "preprocess"):
+        old, new = getattr(saved_config, name), getattr(config, name)
+        if old != new:
+            raise ValueError(
+                f"{path.parent} holds a run with {name} {old}, now it is {new}. Use another --exp-name, "
+                "or the flags of that run (args.json in its folder)."
+            )
+    if saved["optimizer_name"] != type(learner.optimiser).__name__:
+        raise ValueError(f"{path.parent} was trained with --optim {saved['optimizer_name']}; use it again to go on")
+    learner.restore(saved)
+    return True
+
+
+def train_one_epoch(
+    learner: Learner, batches: Iterable[Batch], loss: LossFunction, options: FitOptions, num_classes: int
+) -> dict[str, Any]:
+    """One pass over the training samples.
+
+    Returns:
+        Mean loss over samples, IoU from counts over the whole epoch, share of the time spent waiting for the loader.
+    """
+    device = learner.accelerator.device
+    counts = torch.zeros(num_classes + 1, num_classes, dtype=torch.int64, device=device)
+    total, samples, waited, begin = torch.zeros((), device=device), 0, 0.0, time.perf_counter()
+    watch = _LossWatch(every=1 if device.type == "cpu" else 20)
+    learner.model.train()
+    groups = _groups(batches, options.accumulate)
+    with tqdm(total=len(batches), desc=f"epoch {learner.progress.epoch + 1}", leave=False, disable=None) as bar:  # type: ignore[arg-type]
+        while True:
+            asked = time.perf_counter()
+            group = next(groups, None)
+            waited += time.perf_counter() - asked
+            if group is None:
+                break
+            learner.schedule.before_step(learner.progress.step)
+            for place, batch in enumerate(group):
+                step_loss = _backward(learner, batch, loss, counts, len(group), place == len(group) - 1, options)
+                total += step_loss * len(batch.names)
+                samples += len(batch.names)
+                if watch.see(step_loss, batch, learner):
+                    bar.set_postfix(loss=f"{total.item() / samples:.4f}", iou=f"{train_iou(counts) or 0:.3f}")
+                bar.update()
+            _update(learner, options)
+    watch.check(learner)
+    seconds = time.perf_counter() - begin
+    return {"loss": total.item() / max(1, samples), "iou": train_iou(counts), "waited": waited / max(seconds, 1e-9)}
+
+
+def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """Batches that share one optimiser step; the last group may be smaller."""
+    group: list[Batch] = []
+    for batch in batches:
+        group.append(batch)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _backward(
+    learner: Learner, batch: Batch, loss: LossFunction, counts: Tensor, parts: int, last: bool, options: FitOptions
+) -> Tensor:
+    """Forward and backward of one batch; the gradient is that of the mean over the `parts` of the step."""
+    accelerator, device = learner.accelerator, learner.accelerator.device
+    layout = torch.channels_last if options.channels_last else torch.contiguous_format
+    images = batch.images.to(device, non_blocking=True, memory_format=layout)
+    masks = batch.masks.to(device, non_blocking=True).long()
+    try:
+        with nullcontext() if last else accelerator.no_sync(learner.model):
+            with accelerator.autocast():
+                logits = learner.model(images)
+            value = loss(logits.float(), masks)
+            accelerator.backward(value / parts)
+    except torch.cuda.OutOfMemoryError as error:
+        raise TrainingStopped(out_of_memory(tuple(batch.images.shape))) from error
+    add_counts(counts, logits.detach(), masks)
+    return value.detach()
+
+
+def _update(learner: Learner, options: FitOptions) -> None:
+    if options.clip:
+        learner.accelerator.clip_grad_norm_(learner.model.parameters(), options.clip)
+    learner.optimiser.step()
+    learner.optimiser.zero_grad(set_to_none=True)
+    learner.progress.step += 1
+
+
+def add_counts(counts: Tensor, logits: Tensor, masks: Tensor) -> None:
+    """Add a batch to a confusion matrix without waiting for the device.
+
+    Args:
+        counts: (K + 1, K) int64, true class by predicted class; the last row takes ignored pixels.
+        logits: (N, 1 or K, H, W). masks: (N, H, W) int64 with 255 ignored.
+    """
+    num_classes = counts.shape[1]
+    pred = (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(dim=1)
+    cells = masks.clamp(max=num_classes) * num_classes + pred
+    if counts.device.type == "cpu":
+        counts += torch.bincount(cells.flatten(), minlength=counts.numel()).view_as(counts)
+    else:
+        counts.view(-1).scatter_add_(0, cells.flatten(), torch.ones_like(cells).flatten())
+
+
+def train_iou(counts: Tensor) -> float | None:
+    """IoU from a confusion matrix of add_counts: of the object (two classes), or the mean over classes that occur."""
+    table = counts[:-1].double().cpu()
+    hits = table.diagonal()
+    union = table.sum(0) + table.sum(1) - hits
+    iou = (hits / union)[union > 0] if len(hits) > 2 else (hits / union)[1:][union[1:] > 0]
+    return float(iou.mean()) if len(iou) else None
+
+
+class _LossWatch:
+    """Looks at losses now and then, so that the device is not waited for at every step."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self.recent: deque[tuple[Tensor, tuple[str, ...], int]] = deque()
+
+    def see(self, value: Tensor, batch: Batch, learner: Learner) -> bool:
+        """Remember a loss; True when it was time to look."""
+        self.recent.append((value, batch.names, learner.progress.step))
+        if len(self.recent) < self.every:
+            return False
+        self.check(learner)
+        return True
+
+    def check(self, learner: Learner) -> None:
+        """Stop at the first loss that is not finite."""
+        for value, names, step in self.recent:
+            if not math.isfinite(value.item()):
+                raise TrainingStopped(
+                    f"the loss became {value.item()} at step {step}, learning rate {learner.schedule.at(step):.3g}, "
+                    f"with the files {', '.join(sorted(set(names)))}. Lower -lr, add --clip 1, or look at these files; "
+                    "the last finished epoch is kept and the same command goes on from it."
+                )
+        self.recent.clear()
+
+
+def fit(
+    learner: Learner,
+    config: ModelConfig,
+    batches: Iterable[Batch],
+    sampler: EpochSampler,
+    val_sets: dict[str, EvaluationSet],
+    loss: LossFunction,
+    options: FitOptions,
+    run: RunFolder,
+    *,
+    workers: int = 0,
+    report: Callable[[str], None] = lambda _: None,
+) -> ModelConfig:
+    """Train until the last epoch or until nothing improves; every epoch is scored, logged and saved.
+
+    Args:
+        batches: the loader over `sampler`. val_sets: by name, the main one first.
+        report: takes one line for each epoch.
+
+    Returns:
+        The config of the best checkpoint, with its threshold.
+
+    Raises:
+        TrainingStopped: the loss is not finite, or the device is out of memory.
+        OSError: a checkpoint could not be written; the previous one is whole.
+    """
+    forward = torch_forward(learner.accelerator.unwrap_model(learner.model), str(learner.accelerator.device))
+    progress, main = learner.progress, next(iter(val_sets))
+    while progress.epoch < options.epochs and not _stands_still(progress, options):
+        begin = time.perf_counter()
+        sampler.set_epoch(progress.epoch)
+        lr = learner.schedule.at(progress.step)
+        train = train_one_epoch(learner, batches, loss, options, max(2, config.num_logits))
+        scores = {
+            name: evaluate(
+                predict_samples(forward, data, batch=config.batch, workers=workers, description=f"scoring {name}"),
+                build_scorer(config, empty=options.empty),
+                loss=loss,
+                keep_worst=options.keep_worst,
+            )
+            for name, data in val_sets.items()
+        }
+        progress.epoch += 1
+        value = _monitored(scores[main], options.monitor)
+        better = progress.best is None or value > progress.best
+        if better:
+            progress.best, progress.best_epoch = value, progress.epoch
+        learner.schedule.after_epoch(-value)
+        config = replace(config, thresholds=_thresholds(scores[main].summary))
+        row = _epoch_row(progress.epoch, lr, train, scores, time.perf_counter() - begin)
+        run.log_epoch(row)
+        for name, result in scores.items():
+            run.log_images(f"worst {name}", worst_panels(result.worst, config), progress.epoch)
+        weights = learner.accelerator.unwrap_model(learner.model).state_dict()
+        if better:
+            save_checkpoint(run.best_path, config, weights, epoch=progress.epoch, max_score=progress.best)
+        save_checkpoint(run.last_path, config, weights, **learner.state())
+        report(epoch_line(row, options.epochs, main, run.best_path.name if better else None, options.monitor))
+    return config
+
+
+def _stands_still(progress: Progress, options: FitOptions) -> bool:
+    return bool(options.patience) and progress.epoch - progress.best_epoch >= options.patience
+
+
+def _monitored(result: Evaluation, monitor: str) -> float:
+    """The value that decides what is best; more is better."""
+    value = result.loss if monitor == "loss" else result.summary[monitor]
+    if value is None:
+        return -math.inf
+    return -value if monitor == "loss" else value
+
+
+def _thresholds(summary: dict[str, Any]) -> dict[str, float]:
+    best = summary["best"]
+    return {"default": 0.5, **({"best": best["threshold"]} if best else {})}
+
+
+def _epoch_row(
+    epoch: int, lr: float, train: dict[str, Any], scores: dict[str, Evaluation], seconds: float
+) -> dict[str, Any]:
+    val = {
+        name: {
+            "loss": result.loss,
+            "iou": result.summary["iou"],
+            "dice": result.summary["dice"],
+            "classes": {row["name"]: row["iou"] for row in result.summary["per_class"]},
+        }
+        for name, result in scores.items()
+    }
+    return {
+        "epoch": epoch,
+        "lr": lr,
+        "train": {"loss": train["loss"], "iou": train["iou"]},
+        "val": val,
+        "seconds": round(seconds, 2),
+        "waited": round(train["waited"], 3),
+    }
+
+
+def epoch_line(row: dict[str, Any], epochs: int, main: str, saved: str | None, monitor: str) -> str:
+    """One line of text about an epoch: losses, scores, and what improved and was saved."""
+
+    def show(value: float | None) -> str:
+        return "-" if value is None else f"{value:.4f}"
+
+    parts = [f"epoch {row['epoch']}/{epochs}  lr {row['lr']:.2e}"]
+    parts.append(f"train loss {show(row['train']['loss'])} iou {show(row['train']['iou'])}")
+    for name, scores in row["val"].items():
+        parts.append(f"{name} loss {show(scores['loss'])} iou {show(scores['iou'])} dice {show(scores['dice'])}")
+    parts.append(f"{row['seconds']:.1f} s")
+    if saved:
+        parts.append(f"{main} {monitor} improved, saved {saved}")
+    return "  ".join(parts)
+
+
+def worst_panels(
+    worst: Sequence[tuple[float, Pair, np.ndarray, np.ndarray]], config: ModelConfig, threshold: float = 0.5
+) -> list[np.ndarray]:
+    """Pictures of the images with the lowest IoU: image, prediction, truth, difference."""
+    panels = []
+    for iou, pair, mask, probs in worst:
+        image, _ = load_image(pair, config.channels, ())
+        title = f"{pair.name}  IoU {'-' if iou > 1 else f'{iou:.3f}'}"
+        pred = decide(probs, threshold)
+        panels.append(sample_panel(image, mask, pred, probs, config.class_names, title))
+    return panels
+
+
+def decide(probs: np.ndarray, threshold: float = 0.5) -> np.ndarray:
+    """Class indices (H, W) uint8 from probabilities (K, H, W): p >= threshold for one class, else the largest."""
+    if probs.shape[0] == 1:
+        return (probs[0] >= np.float32(threshold)).astype(np.uint8)
+    return probs.argmax(axis=0).astype(np.uint8)
