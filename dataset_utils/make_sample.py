@@ -8,23 +8,25 @@ the same bytes. Brightness alone does not tell a bubble from the texture behind 
 """
 
 import argparse
-import io
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import cv2
 import numpy as np
-import tifffile
+
+import cli
+import image_io
 
 FORMAT = 1  # raised when the same settings draw another picture
 SETTINGS_FILE = "sample.json"
 FULL_SCALE = {8: 255, 16: 40_000}  # 16-bit cameras seldom use their whole range, so neither do we
 OWN_FOLDERS = ("images", "gt", "masks", "labels")
+WRITERS = 4
 MAX_OVERLAP = 0.35  # of a new bubble's area lies on bubbles that are there
 MIN_VISIBLE = 0.35  # of a bubble's area, else it is left out: nobody could outline it
 
@@ -163,7 +165,7 @@ def place_bubbles(settings: SampleSettings, rng: np.random.Generator) -> list[Bu
     waiting = list(np.sort(radii))
     while covered < goal and patience > 0:
         patience -= 1
-        centre = rng.uniform((-0.02 * height, -0.02 * width), (1.02 * height, 1.02 * width))
+        centre = rng.uniform((0, 0), settings.size)
         row, col = (int(np.clip(place, 0, side - 1)) for place, side in zip(centre, settings.size, strict=True))
         if crowd[row, col] < rng.random() * 0.8:
             continue
@@ -308,7 +310,7 @@ def expose(
     colours = spectra(settings.bands, len(settings.extra))
     light = uneven_light(settings.size, rng)
     blur, noise = rng.uniform(0.5, 0.8), rng.uniform(0.012, 0.03)
-    cast = rng.normal(1, 0.025, colours.shape[1])
+    cast = rng.normal(1, 0.025, (colours.shape[1],))
     taken = np.empty((*settings.size, colours.shape[1]), np.float32)
     for number, colour in enumerate(colours.T.astype(np.float32)):
         seen = (matte * colour[material] + gloss) * light * np.float32(cast[number])
@@ -355,15 +357,18 @@ def make_sample(output_dir: Path, settings: SampleSettings) -> bool:
     Raises:
         FileExistsError: output_dir holds other files, or a sample of other settings.
     """
-    output_dir = output_dir.absolute()
+    output_dir = output_dir.resolve()
     scenes = list(list_scenes(settings))
     files = {path for _, paths in scenes for path in paths.values()} | {Path(SETTINGS_FILE)}
     if is_there(output_dir, settings, files):
         return False
     partial_dir = open_partial(output_dir.with_name(f".{output_dir.name}.partial"), settings)
-    for seed, paths in scenes:
-        if not all((partial_dir / path).exists() for path in paths.values()):
-            write_scene(partial_dir, paths, draw_scene(settings, np.random.default_rng(seed)))
+    left = [
+        (seed, paths) for seed, paths in scenes if not all((partial_dir / path).exists() for path in paths.values())
+    ]
+    with ThreadPoolExecutor(WRITERS) as pool:  # a picture waits for the disk longer than it takes to draw
+        for _ in pool.map(lambda scene: write_scene(partial_dir, settings, *scene), left):
+            pass
     for path in sorted(partial_dir.rglob("*.tmp")):  # of a run that was killed while it wrote
         path.unlink()
     if output_dir.exists():
@@ -398,7 +403,9 @@ def read_record(folder: Path) -> dict | None:
 
 def is_there(output_dir: Path, settings: SampleSettings, files: set[Path]) -> bool:
     """Tell whether the folder is this sample already; refuse a folder that is something else."""
-    if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
+    if output_dir.exists() and not output_dir.is_dir():
+        raise FileExistsError(f"{output_dir} is a file, expected a folder: choose another name")
+    if not output_dir.exists() or not any(output_dir.iterdir()):
         return False
     found, wanted = read_record(output_dir), settings_record(settings)
     if found is None:
@@ -426,47 +433,23 @@ def open_partial(partial_dir: Path, settings: SampleSettings) -> Path:
             raise FileExistsError(f"{partial_dir} holds other files, but unfinished pictures go there: move it away")
         if found != wanted:
             shutil.rmtree(partial_dir)  # the rest of an interrupted run with other settings
-    partial_dir.mkdir(parents=True, exist_ok=True)
-    write_bytes(partial_dir / SETTINGS_FILE, (json.dumps(wanted, indent=2) + "\n").encode())
+    image_io.write_text(partial_dir / SETTINGS_FILE, json.dumps(wanted, indent=2) + "\n")
     return partial_dir
 
 
-def write_scene(root: Path, paths: dict[str, Path], scene: Scene) -> None:
-    """Write the files of one picture, paths by folder name relative to root."""
-    pictures = {"labels": scene.labels, "gt": scene.mask, "images": scene.image} | scene.extras
-    for folder, path in paths.items():
-        write_bytes(root / path, encode(pictures[folder], path.suffix))
-
-
-def encode(image: np.ndarray, suffix: str) -> bytes:
-    """A PNG of one or three (RGB) channels, or a TIFF of any number."""
-    if suffix == ".tif":
-        stream = io.BytesIO()
-        tifffile.imwrite(stream, image, photometric="minisblack", planarconfig="contig", metadata=None, software=False)
-        return stream.getvalue()
-    if image.ndim == 3 and image.shape[2] == 3:
-        image = image[..., ::-1]  # OpenCV writes B G R
-    done, data = cv2.imencode(suffix, np.ascontiguousarray(image))
-    assert done
-    return data.tobytes()
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)
+def write_scene(root: Path, settings: SampleSettings, seed: list[int], paths: dict[str, Path]) -> None:
+    """Draw one picture and write its files, paths by folder name relative to root."""
+    scene = draw_scene(settings, np.random.default_rng(seed))
+    image_io.write_mask(root / paths["labels"], scene.labels)
+    image_io.write_mask(root / paths["gt"], scene.mask)
+    for folder, image in (scene.extras | {"images": scene.image}).items():
+        image_io.write_image(root / paths[folder], image)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Make the parser; the defaults are those of SampleSettings."""
     default = SampleSettings()
-    parser = argparse.ArgumentParser(
-        description="Draw a sample data set of crowded bubbles with exact masks.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = cli.make_parser("Draw a sample data set of crowded bubbles with exact masks.")
     add = parser.add_argument
     add("-o", "--output-dir", type=Path, required=True, metavar="DIR", help="new or empty folder for the data set")
     add("--count", type=int, default=default.count, metavar="N", help="training images")
@@ -489,8 +472,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--extra",
-        nargs="*",
-        default=default.extra,
+        nargs="+",
         metavar="NAME",
         help="folders with one more channel each, such as nir",
     )
@@ -502,20 +484,21 @@ def build_parser() -> argparse.ArgumentParser:
         help="channels of an image; 1 and 3 give PNG, others TIFF",
     )
     add("--bits", type=int, choices=sorted(FULL_SCALE), default=default.bits, help="8 holds 0..255, 16 holds 0..40000")
-    add("--seed", type=int, default=default.seed, metavar="N", help="another number draws other bubbles")
+    add("--seed", type=cli.natural, default=default.seed, metavar="N", help="seed of everything random")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     """Draw what the flags say."""
     parser = build_parser()
-    values = vars(parser.parse_args(argv))
-    output_dir = values.pop("output_dir")
+    args = cli.parse(parser, argv)
+    output_dir = args.output_dir
+    values = {item.name: getattr(args, item.name) for item in fields(SampleSettings)}
     if len(values["size"]) > 2:
         parser.error(f"argument --size: {len(values['size'])} numbers, expected height and width or one for both")
     values["size"] = (values["size"][0], values["size"][-1])
     values["radius"] = tuple(values["radius"]) if values["radius"] else None
-    values["extra"] = tuple(values["extra"])
+    values["extra"] = tuple(values["extra"] or ())
     try:
         settings = SampleSettings(**values)
     except ValueError as error:
