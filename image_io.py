@@ -21,6 +21,7 @@ import cv2
 import numpy as np
 import tifffile
 from PIL import BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin
+from PIL.Image import DecompressionBombError
 
 IGNORE_INDEX = 255
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp")
@@ -30,6 +31,7 @@ PREPROCESS_STEPS = ("clahe", "denoise", "stretch")
 _DECODE_ERRORS = (
     ArithmeticError,
     AttributeError,
+    DecompressionBombError,
     EOFError,
     LookupError,
     MemoryError,
@@ -90,7 +92,7 @@ def list_images(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; expected a folder with images ({_spell(IMAGE_SUFFIXES)})")
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.iterdir(), key=lambda path: path.name):
         if path.name.startswith(".") or path.suffix.lower() not in IMAGE_SUFFIXES or not path.is_file():
             continue
         stem = unicodedata.normalize("NFC", path.stem)
@@ -473,39 +475,57 @@ def _tiff_nodata(page: Any, path: Path) -> float | None:
         ) from None
 
 
-def _check_segments(page: Any, size: int, path: Path) -> None:
-    """Refuse a page whose strips or tiles lie past the end of the file; readers fill those with zeros."""
+def _check_whole(tif: tifffile.TiffFile, page: Any, path: Path) -> None:
+    """Refuse a page that is not all there: its reader fills lost pixels with zeros and lost tags with defaults."""
+    file, layout = tif.filehandle, tif.tiff
     ends = np.add(page.dataoffsets, page.databytecounts, dtype=np.int64)
-    if not len(ends) or ends.max() > size:
-        raise _truncated(path, f"its TIFF pixels end at byte {max(ends, default=0)} and the file at {size}")
+    if not len(ends) or ends.max() > file.size:
+        raise _truncated(path, f"its TIFF pixels end at byte {max(ends, default=0)} and the file at {file.size}")
+    file.seek(page.offset)
+    (count,) = struct.unpack(layout.tagnoformat, file.read(layout.tagnosize))
+    entries = file.read(count * layout.tagsize)
+    codes = {struct.unpack_from(layout.byteorder + "H", entries, i * layout.tagsize)[0] for i in range(count)}
+    lost = [code for code in codes if (254 <= code <= 339 or code == 42113) and code not in page.tags]
+    if lost:
+        raise _truncated(path, f"the values of its TIFF tags {sorted(lost)} are missing")
+    (following,) = struct.unpack(layout.offsetformat, file.read(layout.offsetsize))
+    if following and page.index == len(tif.pages) - 1:
+        raise _truncated(path, f"TIFF page {page.index + 2} is missing")
 
 
 def _load_tiff(path: Path) -> _Bands:
     with _open_tiff(path) as tif:
         pages = _tiff_pages(tif, path)
         page = pages[0]
-        for each in pages:
-            _check_segments(each, tif.filehandle.size, path)
-        if page.photometric not in (0, 1, 2, 3, 4, 5, 6, 34892) or (page.photometric == 6 and page.compression == 1):
+        for each in {page.index: page for page in (*pages, tif.pages[-1])}.values():
+            _check_whole(tif, each, path)
+        if page.photometric not in (0, 1, 2, 3, 4, 5, 6, 34892) or (
+            page.photometric == 6 and page.compression not in (6, 7)
+        ):
             raise ImageError(f"{path} is a TIFF of colour type {page.photometric!r}; expected grey, RGB or a palette")
         if len(pages) > 1:
             values = np.stack([each.asarray() for each in pages], axis=2)
         else:
-            values = _single_page(tif, page)
+            values = _single_page(tif, page, path)
         extra = page.extrasamples
         if any(extra):  # 1 and 2 are alpha, 0 an ordinary band
             colours = values.shape[2] - len(extra)
             values = values[..., [c for c in range(values.shape[2]) if c < colours or not extra[c - colours]]]
+        if values.ndim != 3 or values.size == 0 or not isinstance(page.bitspersample, int):
+            raise ImageError(f"{path} is a TIFF of shape {values.shape} and {page.bitspersample} bits: save it as RGB")
         if not values.dtype.isnative:
             values = values.astype(values.dtype.newbyteorder("="))
         values = _upright(values, _tiff_orientation(page))
         return _Bands(values, page.photometric, page.bitspersample, page.colormap, _tiff_nodata(page, path))
 
 
-def _single_page(tif: tifffile.TiffFile, page: Any) -> np.ndarray:
-    """(H, W, C) of a page; ImageJ keeps a whole stack behind the one page it describes."""
-    if len(tif.pages) == 1 and page.samplesperpixel == 1 and (tif.is_imagej or tif.is_shaped):
+def _single_page(tif: tifffile.TiffFile, page: Any, path: Path) -> np.ndarray:
+    """(H, W, C) of a page; ImageJ can keep a whole stack behind the one page it describes."""
+    promised = int((tif.imagej_metadata or {}).get("images", 1)) if tif.is_imagej else 1
+    if promised > 1 and len(tif.pages) == 1 and page.samplesperpixel == 1:
         stack = tif.series[0].asarray().reshape(-1, page.imagelength, page.imagewidth)
+        if len(stack) != promised:
+            raise _truncated(path, f"ImageJ's description promises {promised} pages and {len(stack)} can be read")
         return np.moveaxis(stack, 0, 2)
     values = page.asarray()
     if values.ndim == 2:
@@ -559,10 +579,10 @@ def _tiff_image(bands: _Bands, path: Path) -> np.ndarray:
 
 def _apply_colormap(values: np.ndarray, bands: _Bands, path: Path) -> np.ndarray:
     colormap = bands.colormap
-    if colormap is None or values.shape[2] != 1 or int(values.max()) >= colormap.shape[1]:
+    if colormap is None or colormap.ndim != 2 or values.shape[2] != 1 or values.max() >= colormap.shape[1]:
         raise ImageError(f"{path} is a palette TIFF without a fitting palette: save it as RGB")
     table = colormap if colormap.max() < 256 else colormap >> 8  # 16 bits by the standard, 8 from some writers
-    return np.ascontiguousarray(table.T.astype(np.uint8)[values[..., 0]])
+    return np.ascontiguousarray(table.T.astype(np.uint8)[values[..., 0].astype(np.uint16)])
 
 
 def _cmyk_to_rgb(values: np.ndarray, path: Path) -> np.ndarray:
@@ -605,19 +625,20 @@ def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
     target = path.resolve() if path.is_symlink() else path
     temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    opened = False
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open(mode.replace("w", "x"), **text) as handle:  # type: ignore[call-overload]
+            opened = True
             yield handle
             handle.flush()
             os.fsync(handle.fileno())
         temporary.replace(target)
     except OSError as error:
         _remove(temporary)
-        if error.filename not in (None, str(temporary)):  # some other file's trouble inside the block
+        if opened and error.filename not in (None, str(temporary)):  # the caller's trouble with another file
             raise
-        reason = error.strerror or str(error)
-        raise OSError(error.errno, f"{reason}; nothing was saved under this name", str(path)) from error
+        raise OSError(error.errno, f"{error.strerror or error}; nothing was saved here", str(path)) from error
     except BaseException:
         _remove(temporary)
         raise
@@ -845,8 +866,9 @@ def normalise(image: np.ndarray, mean: Sequence[float], std: Sequence[float]) ->
     for c in range(channels):
         if image.dtype == np.uint8:  # the same arithmetic, done once for each of the 256 values
             table = (np.arange(256, dtype=np.float32) - shift[c]) / scale[c]
-            result[c] = cv2.LUT(np.ascontiguousarray(image[..., c]), table)
+            cv2.LUT(np.ascontiguousarray(image[..., c]), table, dst=result[c])
         else:
-            np.subtract(image[..., c], shift[c], out=result[c], dtype=np.float32)
+            result[c] = image[..., c]
+            result[c] -= shift[c]
             result[c] /= scale[c]
     return result
