@@ -96,7 +96,7 @@ def resolve_encoder(name: str, architecture: str = "unet") -> str:
 
 def _suggest(name: str, names: Sequence[str]) -> str:
     close = difflib.get_close_matches(name.lower(), names, n=4, cutoff=0.6)
-    return f", did you mean {' or '.join(dict.fromkeys(close))}?" if close else ""
+    return f" (did you mean {' or '.join(dict.fromkeys(close))}?)" if close else ""
 
 
 def _join(names: Iterator[str] | Sequence[str] | Mapping[str, Any]) -> str:
@@ -202,7 +202,8 @@ def _explain_build_error(architecture: str, encoder: str, error: Exception) -> s
         way = "the architecture needs an encoder that can be dilated: --encoder resnet34 or efficientnet-b0, or -m unet"
     else:
         way = "pass another encoder (--encoder resnet34) or architecture (-m unet)"
-    return f"architecture {architecture} cannot be built with encoder {encoder}: {_short(error)}. {way[0].upper()}{way[1:]}"
+    pair = f"architecture {architecture} cannot be built with encoder {encoder}"
+    return f"{pair}: {_short(error)}. {way[0].upper()}{way[1:]}"
 
 
 # ------------------------------------------------------------------ sizes
@@ -296,7 +297,7 @@ def load_encoder_weights(model: nn.Module, source: str, *, in_channels: int) -> 
     encoder = model.encoder
     if not isinstance(encoder, nn.Module) or _first_conv(encoder)[1].in_channels != in_channels:
         raise ValueError(f"the network's encoder does not take in_channels={in_channels}: build it with that number")
-    if _is_published(model, source):
+    if source == "imagenet" or source in _published(str(getattr(model, "encoder_name", ""))):
         return _load_published(model, source, in_channels=in_channels)
     path = Path(source).expanduser()
     if not path.is_file():
@@ -354,25 +355,17 @@ def init_from(model: nn.Module, state_dict: Mapping[str, Any]) -> str:
     return _report("network weights", target, stored, matched, notes)
 
 
-def _is_published(model: nn.Module, source: str) -> bool:
-    if source == "imagenet":
-        return True
-    if getattr(model, "architecture", PLAIN_UNET) == PLAIN_UNET:
-        return False
-    import segmentation_models_pytorch as smp
-
-    return source in smp.encoders.encoders.get(str(model.encoder_name), {}).get("pretrained_settings", {})
-
-
 def _load_published(model: nn.Module, source: str, *, in_channels: int) -> str:
     """Weights through smp's and timm's own loading, which also adapts the first convolution."""
     architecture, encoder = str(getattr(model, "architecture", PLAIN_UNET)), str(getattr(model, "encoder_name", ""))
     ways = "Pass --encoder-weights none, or --encoder-weights FILE"
     if architecture == PLAIN_UNET:
         raise ValueError(f"there are no {source} weights of {encoder or 'this encoder'}. {ways}")
-    if not _has_published(encoder, source):
-        raise ValueError(f"smp and timm publish no {source} weights of encoder {encoder}. {ways}")
-    errors = (*_network_errors(), RuntimeError)
+    published = _published(encoder)
+    if source not in published:
+        others = f", only {_join(published)} (--encoder-weights {published[0]})" if published else ""
+        raise ValueError(f"smp and timm publish no {source} weights of encoder {encoder}{others}. {ways}")
+    errors: tuple[type[Exception], ...] = (*_network_errors(), RuntimeError)
     try:
         donor = _build_smp(architecture, encoder, source, in_channels=in_channels, classes=1)
     except errors as error:
@@ -388,13 +381,14 @@ def _load_published(model: nn.Module, source: str, *, in_channels: int) -> str:
     return _report(f"encoder weights {source} of {encoder}", target, stored, matched, notes)
 
 
-def _has_published(encoder: str, source: str) -> bool:
+def _published(encoder: str) -> list[str]:
+    """Names of the weights that smp or timm publish; timm's are called imagenet here whatever they were trained on."""
     import segmentation_models_pytorch as smp
     import timm
 
     if encoder.startswith("tu-"):
-        return bool(timm.models.is_model_pretrained(encoder.removeprefix("tu-")))
-    return source in smp.encoders.encoders[encoder]["pretrained_settings"]
+        return ["imagenet"] if timm.models.is_model_pretrained(encoder.removeprefix("tu-")) else []
+    return list(smp.encoders.encoders.get(encoder, {}).get("pretrained_settings", {}))
 
 
 def _network_errors() -> tuple[type[Exception], ...]:
@@ -552,8 +546,9 @@ def _report(
         f"{len(unexpected)} unexpected{f' (first {unexpected[0]})' if unexpected else ''}",
     ]
     remarks = list(notes)
-    if matched.refused:
-        remarks.append(f"{len(matched.refused)} have another shape there (first {matched.refused[0]}) and stay new")
+    refused = [key for key in matched.refused if not key.startswith(HEAD)]
+    if refused:
+        remarks.append(f"{len(refused)} have another shape there and stay new (first {refused[0]})")
     if 2 * len(missing) > len(wanted):
         remarks.append("less than half matched: are these weights of another network?")
     return "; ".join([", ".join(parts), *remarks])
