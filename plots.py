@@ -27,7 +27,7 @@ Colour = tuple[int, int, int]  # RGB, 0..255
 
 PALETTE: tuple[Colour, ...] = (
     *((86, 180, 233), (230, 159, 0), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167)),
-    *((136, 34, 85), (153, 153, 51), (51, 34, 136), (136, 204, 238), (17, 119, 51), (204, 102, 119), (221, 204, 119)),
+    *((136, 34, 85), (153, 153, 51), (51, 34, 136), (170, 68, 153), (17, 119, 51), (204, 102, 119), (221, 204, 119)),
 )
 TRUE_POSITIVE, FALSE_POSITIVE, FALSE_NEGATIVE = (0, 158, 115), (213, 94, 0), (240, 228, 66)
 DIFFERENCE = [("true positive", TRUE_POSITIVE), ("false positive", FALSE_POSITIVE), ("false negative", FALSE_NEGATIVE)]
@@ -136,7 +136,7 @@ def _paint_difference(shown: np.ndarray, mask: np.ndarray, pred: np.ndarray, bin
     """Hits, false alarms and misses (binary) or wrong pixels (multi-class) over a greyed picture."""
     grey = cv2.cvtColor(cv2.cvtColor(shown, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
     backdrop = cv2.addWeighted(grey, 0.6, np.full_like(grey, 255), 0.15, 0)
-    cases: list[tuple[Colour, np.ndarray, float]] = [(WRONG, pred != mask, 0.85)]
+    cases: list[tuple[Colour, np.ndarray, float]] = [(WRONG, (pred != mask) & (mask != IGNORE_INDEX), 0.85)]
     if binary:
         cases = [
             (TRUE_POSITIVE, (pred == 1) & (mask == 1), 0.45),
@@ -336,9 +336,9 @@ def _best_epoch(history: Sequence[dict[str, Any]]) -> int:
 
 def _draw_curves(lines: dict[str, list[tuple[int, float]]], label: str, best: int, path: Path) -> Path:
     """Draw named curves over epochs into a PNG; the best epoch is marked on each."""
-    figure = Figure(figsize=(8, 4.5), dpi=110, layout="constrained")
+    figure = Figure(figsize=(8, 4.5), dpi=110)
     canvas = FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    axes = figure.add_axes((0.1, 0.11, 0.87, 0.81))
     shown = {name: points for name, points in lines.items() if points}
     every = [epoch for points in shown.values() for epoch, _ in points]
     for index, (name, points) in enumerate(shown.items()):
@@ -353,7 +353,7 @@ def _draw_curves(lines: dict[str, list[tuple[int, float]]], label: str, best: in
         axes.axvline(best, color="0.7", linestyle=":", zorder=0)
     axes.set(xlabel="epoch", ylabel=label, title=label[0].upper() + label[1:] + " per epoch")
     axes.set_xlim(min(every, default=1) - 0.5, max(every, default=1) + 0.5)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     if len(shown) > 1:

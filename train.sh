@@ -14,20 +14,15 @@ BATCH="${BATCH:-8}"
 EPOCHS="${EPOCHS:-20}"
 AUGM="${AUGM:-safe}"              # none, safe, light, medium, hard, one or vessel
 IMAGE_SIZE="${IMAGE_SIZE:-256}"   # images are resized to this
-EXP_NAME="${EXP_NAME:-}"          # run folder in logs/; empty: named after the settings
+EXP_NAME="${EXP_NAME:-}"          # run folder in logs/; empty: named after network and data set
 
 python="$(bash "$root/setup.sh")"
 options=(--image-size "$IMAGE_SIZE")
+if [ -n "$CLASS_LIST" ]; then options+=(--class-list "$CLASS_LIST"); fi
+if [ -n "$EXP_NAME" ]; then options+=(--exp-name "$EXP_NAME"); fi
 if [ -z "$DATASET" ]; then
     DATASET="$root/data/sample"
-    options+=(--baselines)
-    if [ ! -d "$DATASET" ]; then
-        rm -rf "$DATASET.unfinished"
-        PYTHONPATH="$root" "$python" -m dataset_utils.make_sample -o "$DATASET.unfinished"
-        mv "$DATASET.unfinished" "$DATASET"
-    fi
+    if [ ! -d "$DATASET/train" ]; then PYTHONPATH="$root" "$python" -m dataset_utils.make_sample -o "$DATASET"; fi
 fi
-if [ -n "$CLASS_LIST" ]; then options+=(--class-list "$CLASS_LIST"); fi
-name="$(basename "$DATASET")_${MODEL}_${ENCODER}_size_${IMAGE_SIZE}_bsize_${BATCH}_${AUGM}"
 exec "$python" "$root/train.py" -d "$DATASET" -m "$MODEL" --encoder "$ENCODER" -b "$BATCH" -e "$EPOCHS" -a "$AUGM" \
-    "${options[@]}" -log "$root/logs" --exp-name "${EXP_NAME:-$name}" "$@"
+    "${options[@]}" --baselines -log "$root/logs" "$@"
