@@ -309,7 +309,8 @@ def load_encoder_weights(model: nn.Module, source: str, *, in_channels: int) -> 
     stored = _encoder_part(_unwrap(payload, str(path)))
     target = _state(encoder)
     matched = _match(target, stored, _first_conv(encoder)[0])
-    made_for, name = payload.get("encoder"), getattr(model, "encoder_name", None)
+    described = payload["config"] if isinstance(payload.get("config"), Mapping) else payload
+    made_for, name = described.get("encoder"), getattr(model, "encoder_name", None)
     missing = [key for key in _counted(target) if key not in matched.pairs]
     if isinstance(made_for, str) and name and made_for.removeprefix("tu-") != name.removeprefix("tu-") and missing:
         raise ValueError(

@@ -321,10 +321,11 @@ def test_plain_unet_encoder_goes_round(tmp_path):
     assert torch.equal(model.encoder.stages[4][3].weight, donor.encoder.stages[4][3].weight)
 
 
-def test_a_file_of_another_encoder_is_named(donor, tmp_path):
+@pytest.mark.parametrize("form", [as_encoder_file, as_checkpoint])
+def test_a_file_of_another_encoder_is_named(form, donor, tmp_path):
     path = tmp_path / "weights.pth"
-    torch.save(as_encoder_file(donor), path)
-    with pytest.raises(ValueError, match="encoder tu-test_resnet, the network has resnet18: pass --encoder tu-test"):
+    torch.save(form(donor), path)
+    with pytest.raises(ValueError, match="test_resnet, the network has resnet18: pass --encoder (tu-)?test_resnet"):
         load_encoder_weights(small(encoder="resnet18"), str(path), in_channels=3)
 
 
