@@ -96,6 +96,16 @@ def test_numbers_by_hand(expression, expected):
     assert float(build_loss(expression, num_logits=1)(logits, mask)) == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("num_logits", [1, 2])
+def test_focal_is_exact_for_easy_pixels(num_logits):
+    logits = torch.zeros(1, num_logits, 1, 1)
+    logits[:, -1] = 9.0
+    miss = 1 / (1 + math.exp(9))
+    expected = miss * -math.log1p(-miss)
+    loss = build_loss("focal(gamma=1)", num_logits=num_logits)(logits, torch.ones(1, 1, 1, dtype=torch.long))
+    assert loss.item() == pytest.approx(expected, rel=1e-3)
+
+
 def test_absent_class_is_left_out_of_the_mean():
     logits = torch.zeros(1, 3, 1, 2)  # p = 1/3 everywhere
     mask = torch.tensor([[[0, 1]]])  # class 2 does not occur
@@ -255,8 +265,9 @@ def test_bad_shapes_and_values():
         function(logits, mask[:, None])
     with pytest.raises(ValueError, match="torch.float32"):
         function(logits, mask.float())
+    mask[0, 0, 0] = 7
     with pytest.raises(ValueError, match="holds class 7, expected 0 to 2 or 255"):
-        function(logits, mask.clone().index_put_((torch.tensor([0]),) * 3, torch.tensor(7)))
+        function(logits, mask)
     with pytest.raises(ValueError, match="num_logits is 0"):
         build_loss("dice", num_logits=0)
 

@@ -252,6 +252,13 @@ def test_without_objects_or_probabilities_there_is_no_best_threshold():
     assert scorer.summary()["sweep"] == []
 
 
+def test_sweep_thresholds_are_the_next_on_the_grid():
+    rows = binary_scorer([0]).sweep([0.0, 0.3, 0.5, 1.0])
+    assert [row["threshold"] for row in rows] == [0.0, 19661 / BINS, 0.5, 1 - 1 / BINS]
+    assert rows[0]["recall"] == 1.0
+
+
+@pytest.mark.filterwarnings("error")
 def test_rounding_outside_the_range_and_nan_on_ignored_pixels_are_accepted():
     probs = np.array([[[1 + 1e-6, -1e-6, np.nan]]], np.float32)
     scorer = Scorer(NAMES, binary=True)
