@@ -1,12 +1,14 @@
 """What turns a batch of normalised images into probabilities."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from model import to_probabilities
+from checkpoint import ModelConfig, load_checkpoint
+from model import build_model, to_probabilities
 
 Forward = Callable[[np.ndarray], np.ndarray]
 
@@ -37,6 +39,25 @@ def torch_forward(model: nn.Module, device: str, activation: str = "auto") -> Fo
         return probs.contiguous().cpu().numpy()
 
     return forward
+
+
+def load_forward(path: Path, device: str) -> tuple[ModelConfig, Forward]:
+    """Read a checkpoint and make the function that predicts with it; nothing is downloaded.
+
+    Raises:
+        FileNotFoundError, ValueError: see load_checkpoint; ValueError too when weights and description disagree.
+    """
+    config, saved = load_checkpoint(path)
+    network = build_model(
+        config.architecture, config.encoder, in_channels=len(config.channels), num_logits=config.num_logits
+    )
+    try:
+        network.load_state_dict(saved["model_state_dict"])
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path}: its weights do not fit the {config.architecture} {config.encoder} that it describes: {error}"
+        ) from error
+    return config, torch_forward(network, device, config.activation)
 
 
 def out_of_memory(shape: tuple[int, ...]) -> str:

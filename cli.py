@@ -8,7 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,31 @@ def add_split_args(parser: argparse.ArgumentParser, *, val_share: float | None) 
     group.add_argument(
         "--roi-dir", default=None, metavar="NAME", help="folder beside images/ with masks of the region that counts"
     )
+
+
+def add_threshold_args(parser: argparse.ArgumentParser) -> None:
+    """Add the decision limit of one-class networks."""
+    parser.add_argument_group("decision").add_argument(
+        "-t",
+        "--thres",
+        type=threshold,
+        default=0.5,
+        metavar="T",
+        help="object where p >= T; best: the checkpoint's own",
+    )
+
+
+def pick_threshold(wanted: float | str, known: Mapping[str, float]) -> float:
+    """The number behind --thres.
+
+    Raises:
+        ValueError: `best` was asked for and the checkpoint has none.
+    """
+    if wanted != "best":
+        return float(wanted)
+    if "best" not in known:
+        raise ValueError("-t best: the checkpoint stores no best threshold (it has several classes); use -t 0.5")
+    return known["best"]
 
 
 def add_score_args(parser: argparse.ArgumentParser) -> None:
@@ -248,6 +273,11 @@ def natural(text: str) -> int:
 def share(text: str) -> float:
     """Argparse type: a number from 0 to 1."""
     return _number(text, float, 0, 1)
+
+
+def threshold(text: str) -> float | str:
+    """Argparse type: a number from 0 to 1, or the word best."""
+    return text if text == "best" else share(text)
 
 
 def positive_float(text: str) -> float:
