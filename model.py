@@ -251,19 +251,29 @@ def stride_and_min_side(architecture: str, encoder: str, model: nn.Module) -> tu
 def _keeps_size(model: nn.Module, height: int, width: int) -> bool:
     """Whether one black image gives logits of its own size."""
     weight = next(model.parameters())
-    image = weight.new_zeros(1, _first_conv(model.encoder)[1].in_channels, height, width)
+    image = weight.new_zeros(1, _image_channels(model.encoder), height, width)
     try:
         return tuple(model(image).shape[-2:]) == (height, width)
     except BUILD_ERRORS:
         return False
 
 
-def _first_conv(encoder: Any) -> tuple[str, nn.Conv2d]:
-    """Name of the weight and layer of the convolution that sees the image."""
-    for name, module in encoder.named_modules():
+def _image_channels(encoder: Any) -> int:
+    """Input channels of the first convolution, which sees the image."""
+    for module in encoder.modules():
         if isinstance(module, nn.Conv2d):
-            return f"{name}.weight", module
+            return module.in_channels
     raise ValueError(f"{type(encoder).__name__} has no 2-D convolution that could see an image")
+
+
+def _image_convs(model: Any) -> set[str]:
+    """Names of the weights that may see the image: the encoder's convolutions of its input channels."""
+    channels, encoder = _image_channels(model.encoder), set(model.encoder.modules())
+    return {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d) and module in encoder and module.in_channels == channels
+    }
 
 
 # ------------------------------------------------------------------ weights
@@ -295,7 +305,7 @@ def load_encoder_weights(model: nn.Module, source: str, *, in_channels: int) -> 
         ValueError: the weights cannot be had, the file holds none, or nothing in it fits.
     """
     encoder = model.encoder
-    if not isinstance(encoder, nn.Module) or _first_conv(encoder)[1].in_channels != in_channels:
+    if not isinstance(encoder, nn.Module) or _image_channels(encoder) != in_channels:
         raise ValueError(f"the network's encoder does not take in_channels={in_channels}: build it with that number")
     if source == "imagenet" or source in _published(str(getattr(model, "encoder_name", ""))):
         return _load_published(model, source, in_channels=in_channels)
@@ -308,7 +318,7 @@ def load_encoder_weights(model: nn.Module, source: str, *, in_channels: int) -> 
     payload = _read_weights(path)
     stored = _encoder_part(_unwrap(payload, str(path)))
     target = _state(encoder)
-    matched = _match(target, stored, _first_conv(encoder)[0])
+    matched = _match(target, stored, {key.removeprefix("encoder.") for key in _image_convs(model)})
     described = payload["config"] if isinstance(payload.get("config"), Mapping) else payload
     made_for, name = described.get("encoder"), getattr(model, "encoder_name", None)
     missing = [key for key in _counted(target) if key not in matched.pairs]
@@ -340,7 +350,7 @@ def init_from(model: nn.Module, state_dict: Mapping[str, Any]) -> str:
     """
     stored = _strip_common(_unwrap(state_dict, "the checkpoint"))
     target = _state(model)
-    matched = _match(target, stored, "encoder." + _first_conv(model.encoder)[0], ordered=False)
+    matched = _match(target, stored, _image_convs(model), ordered=False)
     heads = [key for key in matched.refused if key.startswith(HEAD)]
     for key in [key for key in matched.pairs if heads and key.startswith(HEAD)]:
         del matched.pairs[key]  # a head is taken whole or not at all
@@ -375,7 +385,7 @@ def _load_published(model: nn.Module, source: str, *, in_channels: int) -> str:
             "Hugging Face (HF_HOME) on a machine with network and set HF_HUB_OFFLINE=1 here"
         ) from error
     target, stored = _state(model.encoder), _state(donor.encoder)
-    matched = _match(target, stored, "")
+    matched = _match(target, stored, set())
     notes = _copy_tensors(target, stored, matched)
     if in_channels != 3:
         notes.append(f"first convolution adapted from 3 to {in_channels} channels")
@@ -476,13 +486,15 @@ def _canonical(key: str) -> str:
     return ".".join(part for part in re.split(r"[._]", key) if part not in ("", "model"))
 
 
-def _match(target: dict[str, Tensor], stored: dict[str, Tensor], first_conv: str, *, ordered: bool = True) -> Matched:
+def _match(
+    target: dict[str, Tensor], stored: dict[str, Tensor], image_convs: set[str], *, ordered: bool = True
+) -> Matched:
     """By name, or by order where that fits the whole target and more of it."""
     by_canonical = {_canonical(key): key for key in stored}
     named = {key: key if key in stored else by_canonical.get(_canonical(key)) for key in target}
     found = {key: name for key, name in named.items() if name is not None}
-    pairs = {key: name for key, name in found.items() if _fits(target[key], stored[name], key == first_conv)}
-    in_order = _pair_by_order(target, stored, first_conv) if ordered else {}
+    pairs = {key: name for key, name in found.items() if _fits(target[key], stored[name], key in image_convs)}
+    in_order = _pair_by_order(target, stored, image_convs) if ordered else {}
     if len(in_order) > len(_counted(pairs)):
         return Matched(in_order, [], True)
     if not _counted(pairs):
@@ -490,7 +502,7 @@ def _match(target: dict[str, Tensor], stored: dict[str, Tensor], first_conv: str
     return Matched(pairs, [key for key in found if key not in pairs], False)
 
 
-def _pair_by_order(target: dict[str, Tensor], stored: dict[str, Tensor], first_conv: str) -> dict[str, str]:
+def _pair_by_order(target: dict[str, Tensor], stored: dict[str, Tensor], image_convs: set[str]) -> dict[str, str]:
     """All tensors of the target in turn, if the stored ones begin with the same shapes and roles; else none."""
     ours, theirs = _counted(target), _counted(stored)
     if len(theirs) < len(ours):
@@ -499,13 +511,13 @@ def _pair_by_order(target: dict[str, Tensor], stored: dict[str, Tensor], first_c
     roles = {"weight", "bias", "running_mean", "running_var"}
     for key, name in pairs.items():
         role, other = key.rsplit(".", 1)[-1], name.rsplit(".", 1)[-1]
-        if (role != other and other in roles) or not _fits(target[key], stored[name], key == first_conv):
+        if (role != other and other in roles) or not _fits(target[key], stored[name], key in image_convs):
             return {}
     return pairs
 
 
-def _fits(ours: Tensor, theirs: Tensor, is_first_conv: bool) -> bool:
-    if is_first_conv and ours.ndim == theirs.ndim == 4:
+def _fits(ours: Tensor, theirs: Tensor, sees_image: bool) -> bool:
+    if sees_image and ours.ndim == theirs.ndim == 4:
         return ours.shape[0] == theirs.shape[0] and ours.shape[2:] == theirs.shape[2:]
     return ours.shape == theirs.shape
 
@@ -530,7 +542,7 @@ def _copy_tensors(target: dict[str, Tensor], stored: dict[str, Tensor], matched:
             else:
                 theirs = theirs[:, [channel % there for channel in range(here)]] * (there / here)
         ours.copy_(theirs)
-    return notes
+    return list(dict.fromkeys(notes))
 
 
 def _report(

@@ -1,8 +1,9 @@
 """A plain U-Net: double 3x3 convolutions, max pooling, skips; small enough to train from scratch on a CPU.
 
-Up-sampling is bilinear, not a transposed convolution: it has no weights (10 % fewer in all), is as fast or faster on a
-CPU, leaves no checkerboard pattern, and without aligned corners it does not depend on the size of the tile.
-"""
+Up-sampling is a 2x2 transposed convolution. Against bilinear enlargement on retinal vessels (width 8, two seeds) it
+scored the same within the spread of seeds and took 4 to 12 % less CPU time a step, the same in inference, for 10 % more
+scored the same within the spread of seeds and took 3 to 12 % less CPU time a step, the same in inference, for 10 % more
+weights.
 
 from collections.abc import Sequence
 
@@ -55,20 +56,21 @@ class PlainDecoder(nn.Module):
 
     def __init__(self, encoder_channels: Sequence[int]) -> None:
         super().__init__()
-        below, blocks = encoder_channels[-1], []
+        below, enlarge, blocks = encoder_channels[-1], [], []
         skips = list(reversed(encoder_channels[:-1]))
         for skip, narrower in zip(skips, [*skips[1:], skips[-1]], strict=True):
+            enlarge.append(nn.ConvTranspose2d(below, below, 2, stride=2))
             blocks.append(DoubleConv(skip + below, narrower))
             below = narrower
+        self.enlarge = nn.ModuleList(enlarge)
         self.blocks = nn.ModuleList(blocks)
         self.out_channels = below
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Features as PlainEncoder returns them -> (N, width, H, W)."""
         below = features[-1]
-        for skip, block in zip(reversed(features[:-1]), self.blocks, strict=True):
-            below = functional.interpolate(below, scale_factor=2, mode="bilinear", align_corners=False)
-            below = block(torch.cat((skip, below), dim=1))
+        for skip, enlarge, block in zip(reversed(features[:-1]), self.enlarge, self.blocks, strict=True):
+            below = block(torch.cat((skip, enlarge(below)), dim=1))  # (N, narrower, 2 H, 2 W)
         return below
 
 

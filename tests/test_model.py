@@ -165,8 +165,8 @@ def test_plain_unet_padding_changes_nothing_when_16_divides():
 
 def test_plain_widths_follow_the_base_width():
     assert small("plain-unet", "plain-64").encoder.out_channels == (64, 128, 256, 512, 512)
-    assert 0.4e6 < count_parameters(small("plain-unet", "plain-12")) < 0.5e6
-    assert 0.8e6 < count_parameters(small("plain-unet", "plain-16")) < 0.9e6
+    assert 0.50e6 < count_parameters(small("plain-unet", "plain-12")) < 0.55e6
+    assert 0.90e6 < count_parameters(small("plain-unet", "plain-16")) < 0.95e6
 
 
 def test_plain_unet_learns_four_images():
@@ -310,6 +310,14 @@ def test_first_convolution_is_adapted(channels, donor, tmp_path):
     else:
         for channel in range(channels):
             assert torch.allclose(ours[:, channel], theirs[:, channel % 3] * 3 / channels)
+
+
+def test_every_convolution_that_sees_the_image_is_adapted(tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save(small(encoder="mobileone_s0").encoder.state_dict(), path)  # its stem has two parallel convolutions
+    report = load_encoder_weights(small(encoder="mobileone_s0", in_channels=5), str(path), in_channels=5)
+    assert "0 missing" in report
+    assert report.count("adapted from 3 to 5 channels") == 1
 
 
 def test_plain_unet_encoder_goes_round(tmp_path):
