@@ -78,9 +78,9 @@ class Augmentation:
         if pipeline is None:
             return image, mask
         if not self.low.any():
-            return _run(pipeline, image, mask, seed)
+            return _run(pipeline, image, mask, 2 * seed)
         # Borders are filled with 0, so the low end of the range is moved there and back.
-        shifted, mask = _run(pipeline, image.astype(np.float32) - self.low, mask, seed)
+        shifted, mask = _run(pipeline, image.astype(np.float32) - self.low, mask, 2 * seed)
         return _to_dtype(shifted + self.low, image.dtype), mask
 
     def local(self, image: np.ndarray, mask: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -102,10 +102,10 @@ class Augmentation:
         if pipeline is None:
             return image, mask
         if image.dtype == np.uint8 and (self.low == 0).all() and (self.high == 255).all():
-            return _run(pipeline, image, mask, seed)
+            return _run(pipeline, image, mask, 2 * seed + 1)
         low, span = self._sample_range(image)
         scaled = (image.astype(np.float32) - low) / span
-        changed, mask = _run(pipeline, scaled, mask, seed)
+        changed, mask = _run(pipeline, scaled, mask, 2 * seed + 1)
         return _to_dtype(changed * span + low, image.dtype), mask
 
     def _sample_range(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -168,16 +168,18 @@ class BrightnessContrast(A.RandomBrightnessContrast):
     """
 
     def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-        image = data["image"]
-        size = image.mean(axis=(0, 1), dtype=np.float64) + image.std(axis=(0, 1), dtype=np.float64)  # (C,)
+        mean, deviation = cv2.meanStdDev(data["image"])  # (C, 1) each
+        size = (mean + deviation)[:, 0].astype(np.float32)
         alpha = 1 + self.py_random.uniform(*self.contrast_limit)
-        return {"alpha": alpha, "beta": self.py_random.uniform(*self.brightness_limit) * size.astype(np.float32)}
+        return {"alpha": alpha, "beta": self.py_random.uniform(*self.brightness_limit) * size}
 
     def apply(self, img: np.ndarray, alpha: float, beta: np.ndarray, **params: Any) -> np.ndarray:
-        changed = img * np.float32(alpha) + beta
         if img.dtype == np.uint8:
-            return np.rint(np.clip(changed, 0, 255)).astype(np.uint8)
-        return np.clip(changed, 0, 1)
+            levels = np.arange(256, dtype=np.float32)[:, None] * alpha + beta  # (256, C)
+            table = np.rint(np.clip(levels, 0, 255)).astype(np.uint8)
+            bands = [cv2.LUT(np.ascontiguousarray(img[..., band]), table[:, band]) for band in range(img.shape[2])]
+            return np.stack(bands, axis=2)
+        return np.clip(img * np.float32(alpha) + beta, 0, 1)
 
 
 class HueSaturationValue(A.HueSaturationValue):
@@ -267,7 +269,8 @@ def _compose(steps: list[A.BasicTransform]) -> A.Compose | None:
 
 
 def _run(pipeline: A.Compose, image: np.ndarray, mask: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    # One shared stream. set_random_seed would give every transform its own copy of the same stream: with it a
+    # Even numbers move, odd ones recolour: the same seed in both calls must not tie a turn to a brightness.
+    # One shared stream, too. set_random_seed would give every transform its own copy of the same stream: with it a
     # horizontal and a vertical flip happen always together or not at all.
     pipeline.set_random_state(np.random.default_rng(seed), random.Random(seed))
     result = pipeline(image=image, mask=mask)
