@@ -516,7 +516,9 @@ def _load_tiff(path: Path) -> _Bands:
         if not values.dtype.isnative:
             values = values.astype(values.dtype.newbyteorder("="))
         values = _upright(values, _tiff_orientation(page))
-        return _Bands(values, page.photometric, page.bitspersample, page.colormap, _tiff_nodata(page, path))
+        # tifffile and ImageJ call boolean or inverted pictures white-is-zero and mean the stored values all the same
+        photometric = 1 if page.photometric == 0 and (tif.is_shaped or tif.is_imagej) else page.photometric
+        return _Bands(values, photometric, page.bitspersample, page.colormap, _tiff_nodata(page, path))
 
 
 def _single_page(tif: tifffile.TiffFile, page: Any, path: Path) -> np.ndarray:

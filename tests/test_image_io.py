@@ -241,7 +241,8 @@ def test_one_bit_masks(tmp_path, kind):
 
 def test_one_bit_palette_tiff(tmp_path):
     colours = np.array([[0, 65535], [0, 0], [0, 0]], np.uint16)
-    data = tiff(GREY > 100, extratags=[(65000, "H", 6, colours.ravel().tolist(), True)])  # written as a private tag
+    private = [(65000, "H", 6, colours.ravel().tolist(), True)]  # the writer refuses 1-bit palettes: renamed below
+    data = tiff(GREY > 100, photometric="minisblack", extratags=private)
     data = data.replace(struct.pack("<HHI", 65000, 3, 6), struct.pack("<HHI", 320, 3, 6))
     data = data.replace(struct.pack("<HHII", 262, 3, 1, 1), struct.pack("<HHII", 262, 3, 1, 3))
     path = put(tmp_path, "a.tif", data)
@@ -250,9 +251,15 @@ def test_one_bit_palette_tiff(tmp_path):
 
 
 def test_white_is_zero(tmp_path):
-    path = put(tmp_path, "a.tif", tiff(GREY, photometric="miniswhite"))
+    path = put(tmp_path, "a.tif", tiff(GREY, photometric="miniswhite", metadata=None))
     np.testing.assert_array_equal(read_image(path)[..., 0], 255 - GREY)
     np.testing.assert_array_equal(read_mask(path), 255 - GREY)
+
+
+def test_a_boolean_mask_saved_by_tifffile_is_not_turned_round(tmp_path):
+    path = put(tmp_path, "a.tif", tiff(GREY > 100))  # tifffile calls it white-is-zero
+    np.testing.assert_array_equal(read_mask(path), GREY > 100)
+    np.testing.assert_array_equal(read_image(path)[..., 0], (GREY > 100) * np.uint8(255))
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32])
