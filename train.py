@@ -166,7 +166,7 @@ def default_name(args: argparse.Namespace) -> str:
 
 
 def check_names(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse unknown names before any file is read."""
+    """Refuse unknown names before any file is read; other spellings become the ones that are stored."""
     import torch
 
     import augmentations
@@ -175,6 +175,8 @@ def check_names(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     import optim
 
     try:
+        args.model = model.resolve_architecture(args.model)
+        args.encoder = model.resolve_encoder(args.encoder, args.model)
         losses.build_loss(args.loss, num_logits=2)
         augmentations.Augmentation(args.augmentation, rgb=True, value_range=(0, 255))
         optim.check_names(args.optim, args.scheduler)
