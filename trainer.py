@@ -27,6 +27,7 @@ from run_folder import RunFolder
 from tiling import predict_tiled
 
 MONITORS = ("iou", "dice", "loss")
+MUCH_WAITING = 0.1  # share of the time above which more loader processes are suggested
 AMP = ("no", "bf16", "fp16")
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -491,7 +492,16 @@ def fit(
             save_checkpoint(run.best_path, config, weights, epoch=progress.epoch, max_score=progress.best)
         save_checkpoint(run.last_path, config, weights, **learner.state())
         report(epoch_line(row, options.epochs, main, run.best_path.name if better else None, options.monitor))
+        if progress.epoch == 1 or train["waited"] > MUCH_WAITING:
+            report(waiting_line(train["waited"], workers))
     return config
+
+
+def waiting_line(share: float, workers: int) -> str:
+    """What the loader costs, and what to do about it."""
+    text = f"{share:.0%} of the training time went into waiting for the loader (-w {workers})"
+    more = min(os.cpu_count() or 1, max(1, workers * 2))
+    return f"{text}; try -w {more}" if share > MUCH_WAITING and more > workers else text
 
 
 def _stands_still(progress: Progress, options: FitOptions) -> bool:
