@@ -75,7 +75,7 @@ FILES = {
     "tiles.tif": tiff(RGB, tile=(16, 16), compression="zlib"),
     "planar.tif": tiff(np.moveaxis(RGB, 2, 0), photometric="rgb", planarconfig="separate"),
     "pages.tif": tiff(np.stack([GREY] * 3), photometric="minisblack"),
-    "imagej.tif": tiff(np.stack([GREY] * 3), imagej=True),
+    "imagej.tif": tiff(np.stack([GREY] * 3), imagej=True, truncate=True),
     "jpeg.tif": tiff(RGB, photometric="ycbcr", compression="jpeg"),
     "libtiff.tif": encode(RGB, "TIFF", compression="tiff_lzw"),
     "group4.tif": encode(GREY > 100, "TIFF", compression="group4"),
@@ -328,6 +328,7 @@ def test_any_number_of_bands_comes_back_from_tiff(tmp_path, channels, dtype):
         {"photometric": "minisblack"},  # one page a band
         {"photometric": "minisblack", "compression": "zlib", "byteorder": ">"},
         {"imagej": True},
+        {"imagej": True, "truncate": True},  # one page describes them all
         {"bigtiff": True, "photometric": "minisblack"},
     ],
 )
@@ -356,6 +357,42 @@ def test_a_pyramid_gives_its_full_resolution(tmp_path, flagged):
         writer.write(RGB, subifds=1, metadata=None)
         writer.write(RGB[::2, ::2], subfiletype=1, metadata=None)
     np.testing.assert_array_equal(read_image(tmp_path / "b.tif"), RGB)
+
+
+def test_smaller_and_preview_pages_are_left_out(tmp_path):
+    with tifffile.TiffWriter(tmp_path / "a.tif") as writer:
+        writer.write(GREY[::2, ::2], metadata=None)  # the smallest level first
+        writer.write(GREY, metadata=None)
+        writer.write(GREY[::-1], subfiletype=1, metadata=None)  # a preview, whatever its size
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tif")[..., 0], GREY)
+
+
+def test_volumes_and_foreign_colours_are_refused(tmp_path):
+    volume = np.zeros((16, 16, 16), np.uint8)
+    path = put(tmp_path, "a.tif", tiff(volume, volumetric=True, tile=(16, 16, 16), photometric="minisblack"))
+    with pytest.raises(ImageError, match="volume of depth 16; expected a picture"):
+        read_image(path)
+    for photometric in ("cielab", "ycbcr"):
+        path = put(tmp_path, "a.tif", tiff(RGB, photometric=photometric))
+        with pytest.raises(ImageError, match=f"colour type .*{photometric.upper()}.*expected grey, RGB or a palette"):
+            read_image(path)
+
+
+def test_headers_alone_tell_a_cut_file(tmp_path):
+    for name, message in (
+        ("rgb.jpg", "the JPEG has no end marker"),
+        ("rgb.bmp", "the BMP header promises"),
+        ("lossy.webp", "the WebP header promises"),
+        ("rgb.png", "no end chunk"),
+    ):
+        with pytest.raises(ImageError, match="is truncated: .*" + message):
+            read_image(put(tmp_path, name, FILES[name][:-30]))
+
+
+def test_fill_bytes_between_jpeg_segments_are_skipped(tmp_path):
+    data = FILES["rgb.jpg"]
+    path = put(tmp_path, "a.jpg", data[:2] + b"\xff\x01\xff\xff" + data[2:])
+    np.testing.assert_array_equal(read_image(path), read_image(put(tmp_path, "b.jpg", data)))
 
 
 def test_several_colour_pages_are_refused(tmp_path):
