@@ -16,8 +16,8 @@ Forward = Callable[[np.ndarray], np.ndarray]
 def torch_forward(model: nn.Module, device: str, activation: str = "auto") -> Forward:
     """Make the function that predicts with PyTorch.
 
-    It runs in float32 without autocast and leaves the network in evaluation mode, so the same weights give the same
-    counts in training, validate and predict.
+    It runs in float32 without autocast, on channels-last images whatever the layout of the weights, and leaves the
+    network in evaluation mode, so the same weights give the same counts in training, validate and predict.
 
     Returns:
         A function from (N, C, h, w) float32 to probabilities (N, K, h, w) float32.
@@ -25,7 +25,7 @@ def torch_forward(model: nn.Module, device: str, activation: str = "auto") -> Fo
     Raises:
         RuntimeError: the device is out of memory; the message names size and batch.
     """
-    model.to(device=device, memory_format=torch.channels_last)
+    model.to(device)
 
     @torch.inference_mode()
     def forward(batch: np.ndarray) -> np.ndarray:
@@ -57,6 +57,7 @@ def load_forward(path: Path, device: str) -> tuple[ModelConfig, Forward]:
         raise ValueError(
             f"{path}: its weights do not fit the {config.architecture} {config.encoder} that it describes: {error}"
         ) from error
+    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return config, torch_forward(network, device, config.activation)
 
 

@@ -61,10 +61,22 @@ class Schedule:
 
     All shapes but `plateau` are functions of the step alone, so a resumed run with more epochs follows the curve of
     the longer run, and there is nothing to restore.
+
+    Args:
+        lr: highest learning rate.
+        steps: optimiser steps in one epoch.
+        more_is_better: whether the value that `plateau` watches should rise (a score) or fall (a loss).
     """
 
     def __init__(
-        self, optimiser: torch.optim.Optimizer, options: ScheduleOptions, *, lr: float, epochs: int, steps: int
+        self,
+        optimiser: torch.optim.Optimizer,
+        options: ScheduleOptions,
+        *,
+        lr: float,
+        epochs: int,
+        steps: int,
+        more_is_better: bool = False,
     ) -> None:
         name = SCHEDULE_NAMES.get(options.name, options.name)
         check_names("AdamW", name)
@@ -74,8 +86,9 @@ class Schedule:
         # PyTorch's own rule, run on a learning rate of 1: what is left of it scales ours, warm-up included.
         self.scale = torch.optim.SGD([torch.zeros(1)], lr=1.0)
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
+        mode: Any = "max" if more_is_better else "min"
         self.plateau = (
-            plateau(self.scale, factor=options.factor, patience=options.patience, cooldown=options.cooldown)
+            plateau(self.scale, mode, factor=options.factor, patience=options.patience, cooldown=options.cooldown)
             if name == "plateau"
             else None
         )
@@ -93,7 +106,7 @@ class Schedule:
             group["lr"] = self.at(step)
 
     def after_epoch(self, value: float) -> None:
-        """Let `plateau` see the monitored value of the epoch, where less is better; others ignore it."""
+        """Let `plateau` see the monitored value of the epoch; others ignore it."""
         if self.plateau:
             self.plateau.step(value)
 

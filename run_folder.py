@@ -1,6 +1,7 @@
 """The run folder logs/<exp>/: metrics.jsonl, the csv of scores, learning curves, TensorBoard events."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from image_io import write_text
+from image_io import resize_image, write_text
 from plots import learning_curves
 
 CSV_NAME = "_iou_per_epoch_val.csv"
+EVENT_WIDTH = 1200  # pixels
+LEFTOVER = re.compile(r"\.[0-9a-f]{32}\.tmp")  # of image_io.atomic_write
 
 
 class RunFolder:
@@ -28,9 +31,10 @@ class RunFolder:
     def __init__(self, path: Path, *, epoch: int, val_names: Sequence[str], decimal: str = "comma") -> None:
         self.path, self.decimal, self.val_names = path, decimal, tuple(val_names)
         path.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path)
         self.history = [row for row in read_history(path) if row["epoch"] <= epoch]
         self._write_tables()
-        self.writer = SummaryWriter(str(path), purge_step=epoch + 1 if epoch else None)
+        self.writer = SummaryWriter(str(path), purge_step=epoch + 1)
         self._layout()
 
     @property
@@ -57,15 +61,18 @@ class RunFolder:
     def log_images(self, tag: str, panels: Sequence[np.ndarray], epoch: int) -> None:
         """Add pictures (H, W, 3) uint8 to TensorBoard, numbered under one tag."""
         for place, panel in enumerate(panels):
-            self.writer.add_image(f"{tag}/{place + 1}", panel, epoch, dataformats="HWC")
+            self.writer.add_image(f"{tag}/{place + 1}", shrink_panel(panel), epoch, dataformats="HWC")
 
-    def log_settings(self, flags: Mapping[str, Any], scores: Mapping[str, float]) -> None:
-        """Add the flags as text and as hyper-parameters beside the final scores."""
-        table = "\n".join(["| flag | value |", "|---|---|", *(f"| {key} | {value} |" for key, value in flags.items())])
-        self.writer.add_text("flags", table)
+    def log_flags(self, flags: Mapping[str, Any]) -> None:
+        """Add the flags as a table of text."""
+        rows = (f"| {key} | {str(value).replace('|', chr(92) + '|')} |" for key, value in flags.items())
+        self.writer.add_text("flags", "\n".join(["| flag | value |", "|---|---|", *rows]))
+
+    def log_result(self, flags: Mapping[str, Any], scores: Mapping[str, float | None]) -> None:
+        """Add the flags as hyper-parameters beside the final scores."""
         plain = {key: value for key, value in flags.items() if isinstance(value, (int, float, str, bool))}
-        for summary in hparams(plain, dict(scores)):
-            self.writer.file_writer.add_summary(summary)
+        for summary in hparams(plain, {key: _number(value) for key, value in scores.items()}):
+            self.writer._get_file_writer().add_summary(summary)
 
     def close(self) -> None:
         """Write what is still in memory."""
@@ -85,7 +92,7 @@ class RunFolder:
         write("Learning rate", row["lr"], epoch)
         for name, scores in row["val"].items():
             write(f"{name} iou", _number(scores["iou"]), epoch)
-            write(f"{name} loss", scores["loss"], epoch)
+            write(f"{name} loss", _number(scores["loss"]), epoch)
             write(f"{name} dice", _number(scores["dice"]), epoch)
             for class_name, value in scores["classes"].items():
                 write(f"{name} iou by class/{class_name}", _number(value), epoch)
@@ -100,6 +107,21 @@ class RunFolder:
             lines.append(f"{row['epoch']}; {_number(row['val'][self.val_names[0]]['iou']):.4f}")
         text = "\n".join(lines) + "\n"
         write_text(self.path / CSV_NAME, text.replace(".", ",") if self.decimal == "comma" else text)
+
+
+def shrink_panel(panel: np.ndarray) -> np.ndarray:
+    """A picture (H, W, 3) no wider than EVENT_WIDTH: TensorBoard keeps those of every epoch in its event files."""
+    height, width = panel.shape[:2]
+    if width <= EVENT_WIDTH:
+        return panel
+    return resize_image(panel, (max(1, round(height * EVENT_WIDTH / width)), EVENT_WIDTH))
+
+
+def remove_leftovers(path: Path) -> None:
+    """Delete the hidden files that a kill in the middle of a save left in a run folder."""
+    for file in path.glob(".*.tmp"):
+        if LEFTOVER.fullmatch(file.name):
+            file.unlink(missing_ok=True)
 
 
 def _number(value: float | None) -> float:

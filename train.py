@@ -384,19 +384,11 @@ def train(args: argparse.Namespace, data: Data, run_dir: Path, device: str, reco
         say_changed_flags(run_dir, record["flags"])
     run = RunFolder(run_dir, epoch=learner.progress.epoch, val_names=[data.val_name], decimal=args.decimal)
     write_text(run_dir / "args.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    run.log_flags(record["flags"])
     val_set = EvaluationSet(data.val, data.classes, config)
-    trainer.fit(
-        learner,
-        config,
-        batches,
-        sampler,
-        {data.val_name: val_set},
-        loss,
-        options,
-        run,
-        workers=args.workers,
-        report=print,
-    )
+    if trainer.is_finished(learner.progress, options):
+        print(f"the run is complete after epoch {learner.progress.epoch}; a larger --epochs goes on from there")
+    trainer.fit(learner, config, batches, {data.val_name: val_set}, loss, options, run, print)
     finish(args, run, val_set, learner, device)
 
 
@@ -430,9 +422,7 @@ def finish(args: argparse.Namespace, run: Any, val_set: Any, learner: Any, devic
     if args.baselines and config.num_logits == 1:
         for name, summary in trainer.score_baselines(val_set, empty=args.empty).items():
             print(f"for comparison: {name} IoU {summary['iou']:.4f} Dice {summary['dice']:.4f}")
-    run.log_settings(
-        vars(args), {"hparam/iou": result.summary["iou"] or 0.0, "hparam/dice": result.summary["dice"] or 0.0}
-    )
+    run.log_result(vars(args), {f"hparam/{key}": result.summary[key] for key in ("iou", "dice")})
     run.close()
     print(f"tensorboard --logdir {shlex.quote(str(args.log_dir))}")
 

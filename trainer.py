@@ -4,7 +4,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from backends import Forward, out_of_memory, torch_forward
 from checkpoint import ModelConfig, load_checkpoint, save_checkpoint
-from dataset import Batch, ClassMap, EpochSampler, EvaluationSet, Pair, Sample, evaluation_loader, load_image
+from dataset import Batch, ClassMap, EvaluationSet, Pair, Sample, evaluation_loader, load_image, load_mask
 from image_io import IGNORE_INDEX, resize_image
 from metrics import Scorer
 from optim import Schedule, ScheduleOptions, build_optimiser
@@ -28,7 +29,6 @@ from tiling import predict_tiled
 
 MONITORS = ("iou", "dice", "loss")
 MUCH_WAITING = 0.1  # share of the time above which more loader processes are suggested
-AMP = ("no", "bf16", "fp16")
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -165,11 +165,10 @@ def score_baselines(data: EvaluationSet, *, empty: str) -> dict[str, dict[str, A
     scorers = {name: build_scorer(config, empty=empty) for name in ("all foreground", "Otsu")}
     classes = ClassMap.from_config(config)
     for pair in data.pairs:
-        sample = EvaluationSet([pair], classes, config)[0]
-        if sample.mask is None:
+        if pair.mask is None:
             continue
-        mask = sample.mask.numpy()
-        grey = load_image(pair, config.channels, ())[0].mean(axis=2)
+        image, valid = load_image(pair, config.channels, ())
+        mask, grey = load_mask(pair, classes, valid), image[:, :, :3].mean(axis=2)
         bright = grey > otsu_threshold(grey)
         scorers["all foreground"].update_pred(pair.name, np.ones_like(mask), mask)
         counted = mask != IGNORE_INDEX
@@ -240,6 +239,11 @@ class Learner:
     accelerator: Accelerator
     progress: Progress = field(default_factory=Progress)
 
+    @property
+    def optimiser_name(self) -> str:
+        """PyTorch's name of the optimiser, which Accelerate wraps."""
+        return type(getattr(self.optimiser, "optimizer", self.optimiser)).__name__
+
     def state(self) -> dict[str, Any]:
         """Everything but the weights, as plain types and tensors."""
         scaler = self.accelerator.scaler
@@ -247,7 +251,7 @@ class Learner:
             "epoch": self.progress.epoch,
             "progress": asdict(self.progress),
             "max_score": self.progress.best,
-            "optimizer_name": type(self.optimiser).__name__,
+            "optimizer_name": self.optimiser_name,
             "optimizer_state_dict": self.optimiser.state_dict(),
             "scheduler_state_dict": self.schedule.state_dict(),
             "scaler_state_dict": scaler.state_dict() if scaler else {},
@@ -281,18 +285,25 @@ def build_learner(model: nn.Module, options: FitOptions, *, device: str, steps: 
         options.optimiser, model, lr=options.lr, weight_decay=options.weight_decay, momentum=options.momentum
     )
     model, optimiser = accelerator.prepare(model, optimiser)
-    schedule = Schedule(optimiser, options.schedule, lr=options.lr, epochs=options.epochs, steps=steps)
+    schedule = Schedule(
+        optimiser,
+        options.schedule,
+        lr=options.lr,
+        epochs=options.epochs,
+        steps=steps,
+        more_is_better=options.monitor != "loss",
+    )
     return Learner(model, optimiser, schedule, accelerator)
 
 
-def resume(learner: Learner, path: Path, config: ModelConfig) -> bool:
-    """Restore a run from its last_checkpoint; False when there is none.
+def resume(learner: Learner, path: Path, config: ModelConfig) -> ModelConfig | None:
+    """Restore a run from its last_checkpoint and return the config stored there; None when there is none.
 
     Raises:
-        ValueError: the checkpoint belongs to another network, other classes or another geometry.
+        ValueError: the checkpoint belongs to another network, other classes, another geometry or optimiser.
     """
     if not path.is_file():
-        return False
+        return None
     saved_config, saved = load_checkpoint(path)
     for name in ("architecture", "encoder", "labels", "class_names", "channels", "geometry", "preprocess"):
         old, new = getattr(saved_config, name), getattr(config, name)
@@ -301,10 +312,13 @@ def resume(learner: Learner, path: Path, config: ModelConfig) -> bool:
                 f"{path.parent} holds a run with {name} {old}, now it is {new}. Use another --exp-name, "
                 "or the flags of that run (args.json in its folder)."
             )
-    if saved["optimizer_name"] != type(learner.optimiser).__name__:
-        raise ValueError(f"{path.parent} was trained with --optim {saved['optimizer_name']}; use it again to go on")
+    if saved["optimizer_name"] != learner.optimiser_name:
+        raise ValueError(
+            f"{path.parent} was trained with --optim {saved['optimizer_name']}, now it is {learner.optimiser_name}. "
+            "Use the first one again to go on, or another --exp-name."
+        )
     learner.restore(saved)
-    return True
+    return saved_config
 
 
 def train_one_epoch(
@@ -319,6 +333,7 @@ def train_one_epoch(
     counts = torch.zeros(num_classes + 1, num_classes, dtype=torch.int64, device=device)
     total, samples, waited, begin = torch.zeros((), device=device), 0, 0.0, time.perf_counter()
     watch = _LossWatch(every=1 if device.type == "cpu" else 20)
+    position = learner.progress.epoch * learner.schedule.steps  # of the schedule, right on resume with another batch
     learner.model.train()
     groups = _groups(batches, options.accumulate)
     with tqdm(total=len(batches), desc=f"epoch {learner.progress.epoch + 1}", leave=False, disable=None) as bar:  # type: ignore[arg-type]
@@ -328,16 +343,19 @@ def train_one_epoch(
             waited += time.perf_counter() - asked
             if group is None:
                 break
-            learner.schedule.before_step(learner.progress.step)
-            for place, batch in enumerate(group):
-                step_loss = _backward(learner, batch, loss, counts, len(group), place == len(group) - 1, options)
+            learner.schedule.before_step(position)
+            position += 1
+            whole = sum(len(batch.names) for batch in group)
+            for batch in group:
+                share = len(batch.names) / whole
+                step_loss = _backward(learner, batch, loss, counts, share, batch is group[-1], options)
                 total += step_loss * len(batch.names)
                 samples += len(batch.names)
                 if watch.see(step_loss, batch, learner):
                     bar.set_postfix(loss=f"{total.item() / samples:.4f}", iou=f"{train_iou(counts) or 0:.3f}")
                 bar.update()
             _update(learner, options)
-    watch.check(learner)
+    watch.check()
     seconds = time.perf_counter() - begin
     return {"loss": total.item() / max(1, samples), "iou": train_iou(counts), "waited": waited / max(seconds, 1e-9)}
 
@@ -355,9 +373,9 @@ def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
 
 
 def _backward(
-    learner: Learner, batch: Batch, loss: LossFunction, counts: Tensor, parts: int, last: bool, options: FitOptions
+    learner: Learner, batch: Batch, loss: LossFunction, counts: Tensor, share: float, last: bool, options: FitOptions
 ) -> Tensor:
-    """Forward and backward of one batch; the gradient is that of the mean over the `parts` of the step."""
+    """Forward and backward of one batch, which makes up `share` of the samples of its step."""
     accelerator, device = learner.accelerator, learner.accelerator.device
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
     images = batch.images.to(device, non_blocking=True, memory_format=layout)
@@ -367,7 +385,7 @@ def _backward(
             with accelerator.autocast():
                 logits = learner.model(images)
             value = loss(logits.float(), masks)
-            accelerator.backward(value / parts)
+            accelerator.backward(value * share)
     except torch.cuda.OutOfMemoryError as error:
         raise TrainingStopped(out_of_memory(tuple(batch.images.shape))) from error
     add_counts(counts, logits.detach(), masks)
@@ -400,7 +418,7 @@ def add_counts(counts: Tensor, logits: Tensor, masks: Tensor) -> None:
 
 def train_iou(counts: Tensor) -> float | None:
     """IoU from a confusion matrix of add_counts: of the object (two classes), or the mean over classes that occur."""
-    table = counts[:-1].double().cpu()
+    table = counts[:-1].cpu().double()
     hits = table.diagonal()
     union = table.sum(0) + table.sum(1) - hits
     iou = (hits / union)[union > 0] if len(hits) > 2 else (hits / union)[1:][union[1:] > 0]
@@ -412,22 +430,23 @@ class _LossWatch:
 
     def __init__(self, every: int) -> None:
         self.every = every
-        self.recent: deque[tuple[Tensor, tuple[str, ...], int]] = deque()
+        self.recent: deque[tuple[Tensor, tuple[str, ...], int, float]] = deque()
 
     def see(self, value: Tensor, batch: Batch, learner: Learner) -> bool:
         """Remember a loss; True when it was time to look."""
-        self.recent.append((value, batch.names, learner.progress.step))
+        lr = learner.optimiser.param_groups[0]["lr"]
+        self.recent.append((value, batch.names, learner.progress.step, lr))
         if len(self.recent) < self.every:
             return False
-        self.check(learner)
+        self.check()
         return True
 
-    def check(self, learner: Learner) -> None:
+    def check(self) -> None:
         """Stop at the first loss that is not finite."""
-        for value, names, step in self.recent:
+        for value, names, step, lr in self.recent:
             if not math.isfinite(value.item()):
                 raise TrainingStopped(
-                    f"the loss became {value.item()} at step {step}, learning rate {learner.schedule.at(step):.3g}, "
+                    f"the loss became {value.item()} at step {step}, learning rate {lr:.3g}, "
                     f"with the files {', '.join(sorted(set(names)))}. Lower -lr, add --clip 1, or look at these files; "
                     "the last finished epoch is kept and the same command goes on from it."
                 )
@@ -437,35 +456,29 @@ class _LossWatch:
 def fit(
     learner: Learner,
     config: ModelConfig,
-    batches: Iterable[Batch],
-    sampler: EpochSampler,
-    val_sets: dict[str, EvaluationSet],
+    batches: DataLoader[Any],
+    val_sets: Mapping[str, EvaluationSet],
     loss: LossFunction,
     options: FitOptions,
     run: RunFolder,
-    *,
-    workers: int = 0,
     report: Callable[[str], None] = lambda _: None,
-) -> ModelConfig:
+) -> None:
     """Train until the last epoch or until nothing improves; every epoch is scored, logged and saved.
 
     Args:
-        batches: the loader over `sampler`. val_sets: by name, the main one first.
+        batches: the loader of training_loader. val_sets: by name, the main one first.
         report: takes one line for each epoch.
-
-    Returns:
-        The config of the best checkpoint, with its threshold.
 
     Raises:
         TrainingStopped: the loss is not finite, or the device is out of memory.
         OSError: a checkpoint could not be written; the previous one is whole.
     """
     forward = torch_forward(learner.accelerator.unwrap_model(learner.model), str(learner.accelerator.device))
-    progress, main = learner.progress, next(iter(val_sets))
-    while progress.epoch < options.epochs and not _stands_still(progress, options):
+    progress, main, workers = learner.progress, next(iter(val_sets)), batches.num_workers
+    while not is_finished(progress, options):
         begin = time.perf_counter()
-        sampler.set_epoch(progress.epoch)
-        lr = learner.schedule.at(progress.step)
+        batches.batch_sampler.set_epoch(progress.epoch)  # type: ignore[union-attr]
+        lr = learner.schedule.at(progress.epoch * learner.schedule.steps)
         train = train_one_epoch(learner, batches, loss, options, max(2, config.num_logits))
         scores = {
             name: evaluate(
@@ -476,25 +489,44 @@ def fit(
             )
             for name, data in val_sets.items()
         }
-        progress.epoch += 1
-        value = _monitored(scores[main], options.monitor)
-        better = progress.best is None or value > progress.best
-        if better:
-            progress.best, progress.best_epoch = value, progress.epoch
-        learner.schedule.after_epoch(-value)
+        improved = note_epoch(learner, scores[main], options)
         config = replace(config, thresholds=_thresholds(scores[main].summary))
         row = _epoch_row(progress.epoch, lr, train, scores, time.perf_counter() - begin)
         run.log_epoch(row)
         for name, result in scores.items():
             run.log_images(f"worst {name}", worst_panels(result.worst, config), progress.epoch)
-        weights = learner.accelerator.unwrap_model(learner.model).state_dict()
-        if better:
-            save_checkpoint(run.best_path, config, weights, epoch=progress.epoch, max_score=progress.best)
-        save_checkpoint(run.last_path, config, weights, **learner.state())
-        report(epoch_line(row, options.epochs, main, run.best_path.name if better else None, options.monitor))
+        save_epoch(learner, config, run, improved)
+        report(epoch_line(row, options.epochs, main, run.best_path.name if improved else None, options.monitor))
         if progress.epoch == 1 or train["waited"] > MUCH_WAITING:
             report(waiting_line(train["waited"], workers))
-    return config
+
+
+def is_finished(progress: Progress, options: FitOptions) -> bool:
+    """Whether all epochs are done, or early stopping has ended the run."""
+    stands_still = options.patience and progress.epoch - progress.best_epoch >= options.patience
+    return progress.epoch >= options.epochs or bool(stands_still)
+
+
+def note_epoch(learner: Learner, result: Evaluation, options: FitOptions) -> bool:
+    """Count an epoch, let the schedule see its monitored value, and tell whether it is the best so far."""
+    progress = learner.progress
+    value = result.loss if options.monitor == "loss" else result.summary[options.monitor]
+    sign = -1 if options.monitor == "loss" else 1
+    score = -math.inf if value is None else sign * value  # more is better
+    improved = progress.best is None or score > progress.best
+    progress.epoch += 1
+    if improved:
+        progress.best, progress.best_epoch = score, progress.epoch
+    learner.schedule.after_epoch(sign * score)
+    return improved
+
+
+def save_epoch(learner: Learner, config: ModelConfig, run: RunFolder, improved: bool) -> None:
+    """Save the best network if this one is it, then the whole state; a kill between the two repeats the epoch."""
+    progress, weights = learner.progress, learner.accelerator.unwrap_model(learner.model).state_dict()
+    if improved:
+        save_checkpoint(run.best_path, config, weights, epoch=progress.epoch, max_score=progress.best)
+    save_checkpoint(run.last_path, config, weights, **learner.state())
 
 
 def waiting_line(share: float, workers: int) -> str:
@@ -502,18 +534,6 @@ def waiting_line(share: float, workers: int) -> str:
     text = f"{share:.0%} of the training time went into waiting for the loader (-w {workers})"
     more = min(os.cpu_count() or 1, max(1, workers * 2))
     return f"{text}; try -w {more}" if share > MUCH_WAITING and more > workers else text
-
-
-def _stands_still(progress: Progress, options: FitOptions) -> bool:
-    return bool(options.patience) and progress.epoch - progress.best_epoch >= options.patience
-
-
-def _monitored(result: Evaluation, monitor: str) -> float:
-    """The value that decides what is best; more is better."""
-    value = result.loss if monitor == "loss" else result.summary[monitor]
-    if value is None:
-        return -math.inf
-    return -value if monitor == "loss" else value
 
 
 def _thresholds(summary: dict[str, Any]) -> dict[str, float]:

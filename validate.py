@@ -21,7 +21,7 @@ from backends import load_forward
 from checkpoint import Geometry, ModelConfig, find_checkpoint
 from dataset import ClassMap, DatasetError, EvaluationSet, FileOptions, Listing, Pair, find_split
 from image_io import IGNORE_INDEX, read_mask, write_image, write_mask, write_text
-from metrics import Scorer, cldice, object_scores, score_table
+from metrics import ObjectScores, Scorer, cldice, object_scores, score_table
 from plots import sample_panel
 from scan import find_problems, scan_pairs, scene_warnings
 from trainer import Prediction, build_scorer, decide, evaluate, predict_samples, score_baselines, worst_panels
@@ -78,7 +78,7 @@ class ExtraScores:
 
     objects: bool
     cldice: bool
-    tables: list[dict[str, Any]] = field(default_factory=list)
+    object_sums: ObjectScores | None = None
     lines: list[float] = field(default_factory=list)
 
 
@@ -277,7 +277,8 @@ def score_extra(extra: ExtraScores, pair: Pair, pred: np.ndarray, mask: np.ndarr
         if value is not None:
             extra.lines.append(value)
     if extra.objects:
-        extra.tables.append(object_scores(components(found), true_objects(pair, truth)))
+        scores = object_scores(components(found), true_objects(pair, truth))
+        extra.object_sums = scores if extra.object_sums is None else extra.object_sums + scores
 
 
 def components(inside: np.ndarray) -> np.ndarray:
@@ -297,10 +298,8 @@ def true_objects(pair: Pair, truth: np.ndarray) -> np.ndarray:
 def extra_summary(extra: ExtraScores) -> dict[str, Any]:
     """Object scores summed over images, mean clDice."""
     result: dict[str, Any] = {}
-    if extra.tables:
-        from metrics import sum_object_scores
-
-        result["objects"] = sum_object_scores(extra.tables)
+    if extra.object_sums:
+        result["objects"] = extra.object_sums.summary()
     if extra.cldice:
         result["cldice"] = float(np.mean(extra.lines)) if extra.lines else None
     return result
