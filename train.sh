@@ -10,10 +10,10 @@ DATASET="${DATASET:-}"            # root that holds train/ and val/; empty: data
 CLASS_LIST="${CLASS_LIST:-}"      # mask labels to learn, as in "64 128"; empty: found in the masks
 MODEL="${MODEL:-plain-unet}"
 ENCODER="${ENCODER:-plain-16}"
-BATCH="${BATCH:-8}"
+BATCH="${BATCH:-4}"
 EPOCHS="${EPOCHS:-20}"
 AUGM="${AUGM:-safe}"              # none, safe, light, medium, hard, one or vessel
-IMAGE_SIZE="${IMAGE_SIZE:-256}"   # images are resized to this
+IMAGE_SIZE="${IMAGE_SIZE:-192}"   # images are resized to this
 EXP_NAME="${EXP_NAME:-}"          # run folder in logs/; empty: named after network and data set
 
 python="$(bash "$root/setup.sh")"

@@ -26,4 +26,4 @@ if [ -z "$CHECK_DIR" ] && [ ${#checkpoint[@]} -gt 0 ]; then
     echo "validate.sh: scoring $newest on $DATASET_PATH" >&2
 fi
 python="$(bash "$root/setup.sh")"
-exec "$python" "$root/validate.py" -d "$DATASET_PATH" ${checkpoint[@]+"${checkpoint[@]}"} "$@"
+exec "$python" "$root/validate.py" -d "$DATASET_PATH" -log "$root/logs" ${checkpoint[@]+"${checkpoint[@]}"} "$@"

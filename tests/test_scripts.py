@@ -204,7 +204,7 @@ def test_validate_scores_the_newest_run(clone, tmp_path):
         os.utime(folder / f"{name}.pth", (1e9 - age * 60, 1e9 - age * 60))
         (folder / "last_checkpoint").touch()  # newer than the best of any run, and not what is scored
     result = run(clone / "validate.sh", "-t", "best", cwd=tmp_path)
-    assert result.stdout.strip() == f"-d|{clone}/data/sample/val|-cd|{clone}/logs/new run|-t|best"
+    assert result.stdout.strip() == f"-d|{clone}/data/sample/val|-log|{clone}/logs|-cd|{clone}/logs/new run|-t|best"
     assert "scoring" in result.stderr
     result = run(clone / "validate.sh", cwd=tmp_path, DATASET="rocks")
     assert result.stdout.startswith("-d|rocks/val|")
@@ -212,9 +212,9 @@ def test_validate_scores_the_newest_run(clone, tmp_path):
 
 def test_validate_takes_a_named_checkpoint(clone, tmp_path):
     by_flag = run(clone / "validate.sh", "-c", "a.pth", cwd=tmp_path, DATASET_PATH="split")
-    assert by_flag.stdout.strip() == "-d|split|-c|a.pth"
+    assert by_flag.stdout.strip() == f"-d|split|-log|{clone}/logs|-c|a.pth"
     by_variable = run(clone / "validate.sh", cwd=tmp_path, DATASET_PATH="split", CHECK_DIR="run")
-    assert by_variable.stdout.strip() == "-d|split|-cd|run"
+    assert by_variable.stdout.strip() == f"-d|split|-log|{clone}/logs|-cd|run"
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
