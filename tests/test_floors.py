@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
     {"image_io", "networks"},
     {"augmentations", "cli", "losses", "metrics", "model", "optim", "plots", "postprocess", "regions", "tiling"},
-    {"backends", "checkpoint", "run_folder", "slide_io"},
-    {"dataset"},
+    {"checkpoint", "run_folder", "slide_io"},
+    {"backends", "dataset", "outputs"},
     {"annotation", "noisy_labels", "scan", "selfsupervised"},
     {"trainer"},
     {"annotate", "export_onnx", "predict", "pretrain", "train", "validate", "dataset_utils", "benchmarks"},
