@@ -1,7 +1,9 @@
 """The contract between commands: what a network is, how pixels meet it, and the file that says so."""
 
 import pickle
-import zipfile
+import re
+import struct
+import warnings
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,21 @@ import torch
 from image_io import atomic_write
 
 FORMAT = 1
+
+# What reading a damaged file was seen to raise, from PyTorch's readers and from pickle.
+_DAMAGE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    struct.error,
+    pickle.UnpicklingError,
+)
 
 
 @dataclass(frozen=True)
@@ -87,24 +104,42 @@ def config_from_dict(values: dict[str, Any]) -> ModelConfig:
     """Rebuild a config.
 
     Raises:
-        ValueError: a newer format, or entries that are missing.
+        ValueError: a newer format, or entries that are missing or of another kind.
     """
-    if values.get("format", 0) > FORMAT:
-        raise ValueError(f"its format is {values['format']}, this version reads up to {FORMAT}: update Tessera")
-    known = {item.name for item in fields(ModelConfig)}
-    kept = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items() if key in known}
-    geometry = dict(kept.pop("geometry", {"kind": "?", "size": ()}))
     try:
-        return ModelConfig(geometry=Geometry(**{**geometry, "size": tuple(geometry["size"])}), **kept)
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"its description is incomplete: {error}") from error
+        if values.get("format", 0) > FORMAT:
+            raise ValueError(f"its format is {values['format']}, this version reads up to {FORMAT}: update Tessera")
+        known = {item.name for item in fields(ModelConfig)}
+        kept = {key: _frozen(value) for key, value in values.items() if key in known}
+        return ModelConfig(**{**kept, "geometry": Geometry(**kept["geometry"])})
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"its description is incomplete or not one of Tessera ({error})") from error
+
+
+def _frozen(value: Any) -> Any:
+    """Lists as tuples, at every depth: what _plain made of them."""
+    if isinstance(value, (list, tuple)):
+        return tuple(_frozen(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _frozen(item) for key, item in value.items()}
+    return value
 
 
 def save_checkpoint(path: Path, config: ModelConfig, model_state: dict[str, Any], **more: Any) -> None:
-    """Write a checkpoint whole or not at all. `more` holds plain types and tensors only."""
+    """Write a checkpoint whole or not at all. `more` holds plain types and tensors only.
+
+    Raises:
+        OSError: the folder is read-only or the disk full; the file that was there is whole.
+    """
     content = {"format": FORMAT, "config": config_to_dict(config), "model_state_dict": model_state, **more}
     with atomic_write(path) as file:
-        torch.save(content, file)
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            # PyTorch's writer closes its archive on the way out and then complains of that, not of the full disk.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def load_checkpoint(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
@@ -117,16 +152,11 @@ def load_checkpoint(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}; train.py writes it, -cd DIR finds the newest in a folder")
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(
-            f"{path} is refused: it holds Python objects that loading would execute, or is not a checkpoint. "
-            f"Checkpoints of train.py hold plain types and tensors only. ({reason})"
-        ) from error
-    except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError) as error:
-        reason = str(error).split("\n")[0][:200]
-        raise ValueError(f"{path} is truncated or not a checkpoint: {reason}. Use another copy of the file.") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols; the file is refused below if they matter
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+    except _DAMAGE as error:
+        raise ValueError(f"{path} {_refusal(error)}") from error
     if not isinstance(saved, dict) or "config" not in saved or "model_state_dict" not in saved:
         raise ValueError(f"{path} has no 'config' entry: it is not a checkpoint written by train.py")
     try:
@@ -135,8 +165,22 @@ def load_checkpoint(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
         raise ValueError(f"{path}: {error}") from error
 
 
+def _refusal(error: BaseException) -> str:
+    """What is wrong with a file that could not be loaded; PyTorch's own advice, to load it unsafely, is left out."""
+    code = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if code:
+        return (
+            f"is refused: loading it would run code ({code.group(1)}), and nothing in a file is executed. "
+            "Checkpoints of train.py hold plain types and tensors only."
+        )
+    if isinstance(error, pickle.UnpicklingError):
+        return "is not a checkpoint written by train.py: it is no archive of plain types and tensors"
+    reason = str(error).split("\n")[0].split(" (")[0][:120]
+    return f"is truncated or not a checkpoint ({reason}). Use another copy of the file."
+
+
 def find_checkpoint(folder: Path) -> Path:
-    """The newest best checkpoint (*.pth) in a run folder, or in the run folders inside it.
+    """The newest best checkpoint (*.pth) of a run folder, or in the run folders inside it.
 
     Raises:
         FileNotFoundError: no folder, or no *.pth in it.

@@ -102,6 +102,30 @@ def add_split_args(parser: argparse.ArgumentParser, *, val_share: float | None) 
     )
 
 
+def add_data_args(parser: argparse.ArgumentParser) -> None:
+    """Add the flags about a labelled data set: its root, its splits, its channels and its classes."""
+    add_split_args(parser, val_share=0.2)
+    group = parser.add_argument_group("data")
+    group.add_argument("-d", "--dataset", type=Path, required=True, metavar="DIR", help="data set root")
+    group.add_argument("-val", "--val-dir", type=Path, metavar="DIR", help="validation split that lies elsewhere")
+    group.add_argument("--val-ids", type=Path, metavar="CSV", help="validate on the images named in its column id")
+    group.add_argument(
+        "--add-dirs", nargs="+", default=[], metavar="NAME", help="folders beside images/ with an extra channel each"
+    )
+    group.add_argument(
+        "--class-list",
+        metavar="LABELS",
+        help='mask labels to learn, such as "64 128"; "nonzero": any other than 0; without it masks of 0 and x mean x',
+    )
+    group.add_argument("--max-mask-val", type=natural, default=0, metavar="N", help="learn the labels 1 to N")
+    group.add_argument("--class-names", nargs="+", metavar="NAME", help="names of the labels, in their order")
+    group.add_argument("--ignore-label", type=natural, metavar="N", help="mask label that counts nowhere")
+    group.add_argument("--mask-threshold", type=float, metavar="T", help="mask values above it are the object")
+    group.add_argument(
+        "--preprocess", nargs="+", choices=("clahe", "denoise", "stretch"), default=[], help="steps before statistics"
+    )
+
+
 def add_threshold_args(parser: argparse.ArgumentParser) -> None:
     """Add the decision limit of one-class networks."""
     parser.add_argument_group("decision").add_argument(

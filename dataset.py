@@ -5,7 +5,9 @@ Randomness of a sample is a function of seed, epoch and position, so worker proc
 
 import csv
 import hashlib
+import math
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,9 +20,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from augmentations import Augmentation
-from checkpoint import Geometry, ModelConfig
+from checkpoint import ModelConfig
 from image_io import (
     IGNORE_INDEX,
+    IMAGE_SUFFIXES,
     ImageError,
     list_images,
     normalise,
@@ -34,7 +37,9 @@ from image_io import (
 from tiling import reflect_index
 
 MASK_DIRS = ("gt", "masks")
+SPLITS = ("train", "val", "test")
 UNLISTED = 254  # marks a mask value that no class takes, while a mask is turned into class indices
+MAX_LABEL = 65535  # of labels that can be named; larger values in a uint32 map are objects or background
 
 
 class DatasetError(ValueError):
@@ -56,91 +61,29 @@ class Pair:
     roi: Path | None = None
 
     @property
-    def files(self) -> list[Path]:
-        """Every file of the pair, the image first."""
-        return [self.image, *self.extras, *(path for path in (self.mask, self.roi) if path)]
+    def layers(self) -> list[Path]:
+        """The image and its extra channels, in network order."""
+        return [self.image, *self.extras]
 
 
 @dataclass
 class Listing:
-    """The pairs of one split, and what is wrong with its folders."""
+    """The pairs of one split, and what is wrong with its folders.
+
+    unknown_ids: names asked for with --ids that no file of this data set has.
+    """
 
     folder: Path
     pairs: list[Pair]
     errors: list[str] = field(default_factory=list)
     has_masks: bool = True
+    unknown_ids: frozenset[str] = frozenset()
 
     @property
     def name(self) -> str:
         """Name of the data set: that of its root, so `water` for `water/val`."""
         folder = self.folder.resolve()
-        return folder.parent.name if folder.name in ("train", "val", "test") else folder.name
-
-
-def split_folder(root: Path, split: str | None) -> Path | None:
-    """The folder that holds images/ of a split, or None when `root` is flat and has no such split.
-
-    Raises:
-        DatasetError: `root` is missing or holds neither images/ nor splits.
-    """
-    if not root.is_dir():
-        raise DatasetError(f"no folder {root}; expected a data set with train/ and val/, or with images/ and gt/")
-    if split and (root / split / "images").is_dir():
-        return root / split
-    if (root / "images").is_dir():
-        return None if split else root
-    present = sorted(path.parent.name for path in root.glob("*/images"))
-    if present and split:
-        return None
-    found = f"the splits {' '.join(present)}: name one with --split" if present else "no images/ and no split in it"
-    raise DatasetError(
-        f"{root} has {found}. Expected {root}/images with {root}/gt, or {root}/train/images with {root}/train/gt."
-    )
-
-
-def list_pairs(folder: Path, add_dirs: Sequence[str] = (), roi_dir: str | None = None) -> Listing:
-    """Pair the files of one split by stem; extensions may differ.
-
-    Args:
-        folder: holds images/, gt/ or masks/, and one folder for each of `add_dirs` and for `roi_dir`.
-
-    Raises:
-        DatasetError: images/ is missing or empty, or a folder that was asked for is missing.
-    """
-    images = list_images(folder / "images")
-    if not images:
-        raise DatasetError(f"{folder / 'images'} holds no images; expected png, jpg, tif, bmp, gif or webp files")
-    mask_dir = next((folder / name for name in MASK_DIRS if (folder / name).is_dir()), None)
-    for name in [*add_dirs, *([roi_dir] if roi_dir else [])]:
-        if not (folder / name).is_dir():
-            raise DatasetError(f"no folder {folder / name}, asked for as {name!r}; expected beside {folder / 'images'}")
-    masks = list_images(mask_dir) if mask_dir else {}
-    extras = [list_images(folder / name) for name in add_dirs]
-    rois = list_images(folder / roi_dir) if roi_dir else {}
-    others = {name: found for name, found in zip(add_dirs, extras, strict=True)}
-    if roi_dir:
-        others[roi_dir] = rois
-    if mask_dir:
-        others[mask_dir.name] = masks
-    errors = [message for name, found in others.items() for message in _unpaired(folder, name, images, found)]
-    complete = [stem for stem in images if all(stem in found for found in others.values())]
-    pairs = [
-        Pair(stem, images[stem], masks.get(stem), tuple(found[stem] for found in extras), rois.get(stem))
-        for stem in complete
-    ]
-    return Listing(folder, pairs, errors, has_masks=mask_dir is not None)
-
-
-def _unpaired(folder: Path, name: str, images: dict[str, Path], found: dict[str, Path]) -> list[str]:
-    messages = []
-    for have, lack, left, right in (("images", name, images, found), (name, "images", found, images)):
-        missing = sorted(left.keys() - right.keys())
-        if missing:
-            messages.append(
-                f"{len(missing)} of {len(left)} files in {folder / have} have no partner in {folder / lack}, "
-                f"first: {missing[0]!r}. Files pair by stem."
-            )
-    return messages
+        return folder.parent.name if folder.name in SPLITS else folder.name
 
 
 @dataclass(frozen=True)
@@ -158,8 +101,47 @@ class FileOptions:
     group_pattern: str | None = None
 
     def listing(self, folder: Path, ids: Path | None = None) -> Listing:
-        """The pairs of one split folder."""
-        return keep_ids(list_pairs(folder, self.add_dirs, self.roi_dir), ids or self.ids)
+        """The pairs of one split folder; `ids` goes before self.ids."""
+        return list_pairs(folder, self.add_dirs, self.roi_dir, ids or self.ids)
+
+    def shared(self, pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
+        """Pairs of a data set without val/ as (train, val)."""
+        return share_by_name(pairs, self.val_share, self.group_pattern)
+
+
+def split_folder(root: Path, split: str | None) -> Path | None:
+    """The folder that holds images/ of a split, or None when `root` has no such split.
+
+    Args:
+        split: a name from SPLITS, or None for `root` itself.
+
+    Raises:
+        DatasetError: `root` is missing or holds neither images/ nor splits.
+    """
+    if not root.is_dir():
+        raise DatasetError(f"no folder {root}; expected a data set with train/ and val/, or with images/ and gt/")
+    folder = root / split if split else root
+    if (folder / "images").is_dir():
+        return folder
+    if split and ((root / "images").is_dir() or _splits_of(root)):
+        return None
+    found = f"the splits {' '.join(_splits_of(root))}" if _splits_of(root) else "no images/ and no split in it"
+    raise DatasetError(
+        f"{root} has {found}. Expected {root}/images with {root}/gt, or {root}/train/images with {root}/train/gt; "
+        "give one of these folders."
+    )
+
+
+def _splits_of(root: Path) -> list[str]:
+    return sorted(path.parent.name for path in root.glob("*/images") if path.is_dir())
+
+
+def _train_folder(root: Path) -> Path:
+    """<root>/train, or `root` itself when it is flat."""
+    folder = split_folder(root, "train")
+    if folder is None and not (root / "images").is_dir():
+        raise DatasetError(f"{root} has the splits {' '.join(_splits_of(root))}; expected {root}/train/images")
+    return folder or root
 
 
 def find_splits(
@@ -167,68 +149,145 @@ def find_splits(
 ) -> tuple[Listing, Listing, str]:
     """Training and validation pairs of a data set, and a sentence that says where they came from.
 
+    Args:
+        val_dir: a split folder, or a root with val/. val_ids: csv file that names the validation images.
+
     Raises:
         DatasetError: see split_folder, list_pairs and share_by_name.
     """
-    folder = split_folder(root, "train") or root
-    val_folder = val_dir or split_folder(root, "val")
-    train = options.listing(folder)
+    train = options.listing(_train_folder(root))
+    val_folder = (split_folder(val_dir, "val") or split_folder(val_dir, None)) if val_dir else split_folder(root, "val")
     if val_folder is not None:
-        val = options.listing(split_folder(val_folder, None) or val_folder, val_ids)
-        return train, val, f"validation on {val.folder}"
-    if val_ids is not None:
-        val = options.listing(folder, val_ids)
+        val = options.listing(val_folder, val_ids)
+        note = f"validation on {val_folder}"
+    elif val_ids is not None:
+        val = options.listing(train.folder, val_ids)
         chosen = {pair.name for pair in val.pairs}
         train.pairs = [pair for pair in train.pairs if pair.name not in chosen]
-        return train, replace(val, errors=[]), f"validation on the {len(val.pairs)} images of {val_ids}"
-    kept, held = share_by_name(train.pairs, options.val_share, options.group_pattern)
-    val = replace(train, pairs=held, errors=[])
-    train.pairs = kept
-    return (
-        train,
-        val,
-        f"no val/ in {root}: {len(held)} of {len(kept) + len(held)} images, chosen by name, are kept for it",
-    )
+        note = f"validation on the {len(val.pairs)} images of {val_ids}"
+    else:
+        total = len(train.pairs)
+        train.pairs, held = options.shared(train.pairs)
+        val = replace(train, pairs=held)
+        note = f"no val/ in {root}: {len(held)} of {total} images, chosen by name, are kept for it"
+    if options.ids:
+        _add_unknown(train, options.ids, train.unknown_ids & val.unknown_ids if not val_ids else train.unknown_ids)
+    if val_ids:
+        _add_unknown(val, val_ids, val.unknown_ids)
+    return train, val, note
+
+
+def _add_unknown(listing: Listing, path: Path, names: frozenset[str]) -> None:
+    if names:
+        listing.errors.append(f"{len(names)} ids of {path} have no file in {listing.folder}, first: {min(names)!r}")
 
 
 def find_split(path: Path, split: str | None, options: FileOptions) -> Listing:
-    """The pairs of one split: `path` is its folder, or a root that holds it; a flat root is split by name.
+    """The pairs of one split: `path` is its folder, or a root that holds it; a data set without val/ is split by name.
 
     Raises:
         DatasetError: as find_splits.
     """
-    folder = split_folder(path, split) if split or not (path / "images").is_dir() else path
+    is_split = path.resolve().name == split and (path / "images").is_dir()
+    folder = split_folder(path, None if is_split else split)
     if folder is not None:
-        return options.listing(folder)
-    if not (path / "images").is_dir():
-        raise DatasetError(f"{path} has no {split}/images; expected one of its splits, or a folder with images/")
-    listing = options.listing(path)
-    train, val = share_by_name(listing.pairs, options.val_share, options.group_pattern)
-    listing.pairs = train if split == "train" else val
+        listing = options.listing(folder)
+    elif split == "test":
+        raise DatasetError(f"{path} has no test/images; expected it, or a folder with images/ and no --split")
+    else:
+        listing = options.listing(_train_folder(path))
+        train, val = options.shared(listing.pairs)
+        listing.pairs = train if split == "train" else val
+    if options.ids:
+        _add_unknown(listing, options.ids, listing.unknown_ids)
     return listing
+
+
+def list_pairs(
+    folder: Path, add_dirs: Sequence[str] = (), roi_dir: str | None = None, ids: Path | None = None
+) -> Listing:
+    """Pair the files of one split by stem; extensions may differ.
+
+    Args:
+        folder: holds images/, gt/ or masks/, and one folder for each of `add_dirs` and for `roi_dir`.
+        ids: csv file that names the images to use, see read_ids; files of other names are not looked at.
+
+    Raises:
+        DatasetError: images/ is empty, or a folder that was asked for is missing.
+    """
+    wanted = read_ids(ids) if ids else None
+    images = list_images(folder / "images")
+    if not images:
+        raise DatasetError(f"{folder / 'images'} holds no images; expected png, jpg, tif, bmp, gif or webp files")
+    mask_dir = next((name for name in MASK_DIRS if (folder / name).is_dir()), None)
+    beside = {name: _list_beside(folder, name) for name in (*add_dirs, roi_dir, mask_dir) if name}
+    unknown: frozenset[str] = frozenset()
+    if wanted is not None:
+        unknown = frozenset(wanted - images.keys())
+        unknown -= {name for other in _siblings(folder) for name in list_images(other) if unknown}
+        images = {stem: path for stem, path in images.items() if stem in wanted}
+        beside = {name: {s: p for s, p in found.items() if s in wanted} for name, found in beside.items()}
+    pairs = [
+        Pair(
+            stem,
+            path,
+            beside[mask_dir][stem] if mask_dir else None,
+            tuple(beside[name][stem] for name in add_dirs),
+            beside[roi_dir][stem] if roi_dir else None,
+        )
+        for stem, path in images.items()
+        if all(stem in found for found in beside.values())
+    ]
+    errors = [message for name, found in beside.items() for message in _unpaired(folder, name, images, found)]
+    return Listing(folder, pairs, errors, has_masks=mask_dir is not None, unknown_ids=unknown)
+
+
+def _list_beside(folder: Path, name: str) -> dict[str, Path]:
+    if not (folder / name).is_dir():
+        raise DatasetError(f"no folder {folder / name}, asked for as {name!r}; expected beside {folder / 'images'}")
+    return list_images(folder / name)
+
+
+def _siblings(folder: Path) -> list[Path]:
+    """images/ of the other splits of the same data set."""
+    if folder.name not in SPLITS:
+        return []
+    others = [folder.parent / name / "images" for name in SPLITS if name != folder.name]
+    return [path for path in others if path.is_dir()]
+
+
+def _unpaired(folder: Path, name: str, images: dict[str, Path], found: dict[str, Path]) -> list[str]:
+    messages = []
+    for have, lack, left, right in (("images", name, images, found), (name, "images", found, images)):
+        missing = sorted(left.keys() - right.keys())
+        if missing:
+            messages.append(
+                f"{len(missing)} of {len(left)} files in {folder / have} have no partner in {folder / lack}, "
+                f"first: {missing[0]!r}. Files pair by stem."
+            )
+    return messages
 
 
 def read_ids(path: Path) -> set[str]:
-    """Image names from column `id` of a csv file; a file extension in them is dropped."""
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        sample = file.read(4096)
-        file.seek(0)
-        rows = csv.DictReader(file, delimiter=";" if sample.count(";") > sample.count(",") else ",")
-        if "id" not in (rows.fieldnames or []):
-            raise DatasetError(f"{path} has the columns {rows.fieldnames}; expected one named id")
-        return {Path(row["id"].strip()).stem for row in rows if row["id"] and row["id"].strip()}
+    """Image names from column `id` of a csv file; the extension of an image file in them is dropped.
 
-
-def keep_ids(listing: Listing, path: Path | None) -> Listing:
-    """Only the pairs named in a csv file; names without a file are an error of the listing."""
-    if path is None:
-        return listing
-    ids = read_ids(path)
-    missing = sorted(ids - {pair.name for pair in listing.pairs})
-    if missing:
-        listing.errors.append(f"{len(missing)} ids of {path} have no file in {listing.folder}, first: {missing[0]!r}")
-    listing.pairs = [pair for pair in listing.pairs if pair.name in ids]
-    return listing
+    Raises:
+        DatasetError: the file is missing, is no text, or has no such column.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            sample = file.read(4096)
+            file.seek(0)
+            rows = csv.DictReader(file, delimiter=";" if sample.count(";") > sample.count(",") else ",")
+            if "id" not in (rows.fieldnames or []):
+                raise DatasetError(f"{path} has the columns {rows.fieldnames}; expected one named id")
+            names = [(row["id"] or "").strip() for row in rows]
+    except OSError as error:
+        raise DatasetError(f"{path} cannot be read: {error.strerror}; expected a csv file with a column id") from error
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{path} is not UTF-8 text; expected a csv file with a column id") from error
+    plain = (Path(name).stem if Path(name).suffix.lower() in IMAGE_SUFFIXES else name for name in names if name)
+    return {unicodedata.normalize("NFC", name) for name in plain}
 
 
 def share_by_name(pairs: Sequence[Pair], share: float, pattern: str | None) -> tuple[list[Pair], list[Pair]]:
@@ -253,10 +312,13 @@ def share_by_name(pairs: Sequence[Pair], share: float, pattern: str | None) -> t
 def _group(name: str, pattern: str | None) -> str:
     if pattern is None:
         return name
-    found = re.search(pattern, name)
+    try:
+        found = re.search(pattern, name)
+    except re.error as error:
+        raise DatasetError(f"--group-pattern {pattern!r} is not a regular expression: {error}") from error
     if found is None:
         raise DatasetError(f"--group-pattern {pattern!r} does not match the file name {name!r}")
-    return found.group(1) if found.groups() else found.group(0)
+    return (found.group(1) if found.groups() else None) or found.group(0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -269,6 +331,8 @@ class ClassMap:
 
     labels: mask values to learn, in order. Every other value is background, class 0, unless the list holds 0:
         then there is no implicit background. Empty: any non-zero value is the object.
+    mask_threshold: values above it are the object, whatever the labels.
+    max_mask_val: largest value a mask may hold; 0 is no limit.
     """
 
     labels: tuple[int, ...]
@@ -289,17 +353,30 @@ class ClassMap:
 
     @cached_property
     def table(self) -> np.ndarray:
-        """Class index for each mask value from 0 to 65535, uint8."""
-        table = np.full(65536, 0 if self.has_background else UNLISTED, np.uint8)
+        """Class index for each mask value from 0 to 65535, uint8: 255 is ignored, 254 is taken by no class."""
+        values = np.arange(MAX_LABEL + 1)
+        if self.mask_threshold is not None:
+            table = (values > self.mask_threshold).astype(np.uint8)
+        elif not self.labels:
+            table = (values > 0).astype(np.uint8)
+        else:
+            table = np.full(len(values), self._unlisted(0), np.uint8)
+            table[list(self.labels)] = np.arange(len(self.labels)) + self.has_background
         if self.max_mask_val:
             table[self.max_mask_val + 1 :] = UNLISTED
-        if not self.labels:
-            table[1:] = 1
-        for index, label in enumerate(self.labels):
-            table[label] = index + self.has_background
         if self.ignore_label is not None:
             table[self.ignore_label] = IGNORE_INDEX
         return table
+
+    def _unlisted(self, value: int) -> int:
+        return UNLISTED if not self.has_background or 0 < self.max_mask_val < value else 0
+
+    def indices(self, values: np.ndarray) -> np.ndarray:
+        """Class index uint8 of each mask value, of any shape; 254 where no class takes it."""
+        if values.dtype.itemsize <= 2:
+            return self.table[values]
+        beyond = 1 if not self.labels or self.mask_threshold is not None else self._unlisted(MAX_LABEL + 1)
+        return np.where(values > MAX_LABEL, np.uint8(beyond), self.table[np.minimum(values, MAX_LABEL)])
 
     def encode(self, values: np.ndarray, path: Path) -> np.ndarray:
         """Class indices (H, W) uint8, 255 where ignored, from mask values (H, W).
@@ -307,46 +384,73 @@ class ClassMap:
         Raises:
             DatasetError: a value that no class takes; `path` is named.
         """
-        if self.mask_threshold is not None:
-            return (values > self.mask_threshold).astype(np.uint8)
-        if values.dtype.itemsize > 2:
-            if not self.labels:
-                return (values != 0).astype(np.uint8)
-            values = np.where(values > 65535, 65535, values).astype(np.uint16)
-        mask = self.table[values]
-        if mask.size and UNLISTED in (table := self.table) and (mask == UNLISTED).any():
+        mask = self.indices(values)
+        if (mask == UNLISTED).any():
             bad = np.unique(values[mask == UNLISTED])[:8].tolist()
-            good = [int(value) for value in np.flatnonzero(table != UNLISTED)[:20]]
+            good = np.flatnonzero(self.table != UNLISTED)[:20].tolist()
             raise DatasetError(f"mask {path} holds the labels {bad}, out of range; expected {good}")
         return mask
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pixels
+
+
+def read_layer(path: Path, steps: Sequence[str], *, extra: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
+    """Read an image file (H, W, C) after preprocessing, and where it holds data, (H, W) bool or None for everywhere.
+
+    Args:
+        steps: preprocessing, done on each file at its own depth; pixels without data count as 0.
+        extra: the file is an extra channel: only one is taken.
+
+    Raises:
+        ImageError: unreadable, or an extra channel in colour.
+    """
+    image, valid = read_image(path), read_valid(path)
+    if extra:
+        if (image != image[:, :, :1]).any():
+            raise ImageError(f"{path} has {image.shape[2]} channels that differ; expected one: save it as a grey image")
+        image = image[:, :, :1]
+    if valid is not None:
+        image = np.where(valid[:, :, None], image, np.zeros((), image.dtype))
+    return preprocess(image, steps), valid
 
 
 def load_image(pair: Pair, channels: Sequence[str], steps: Sequence[str]) -> tuple[np.ndarray, np.ndarray | None]:
     """Read an image with its extra channels.
 
+    Args:
+        channels: names of the channels that are expected; none: any number is right.
+        steps: preprocessing.
+
     Returns:
-        The image (H, W, C) in network order after the `steps` of preprocessing, and where it is valid,
-        (H, W) bool, or None when all of it is. Pixels without data hold 0.
+        The image (H, W, C) in network order, and where every layer of it holds data, (H, W) bool, or None when all
+        of it does.
 
     Raises:
         ImageError: unreadable, another number of channels than `channels`, or extras of another size.
     """
-    image = read_image(pair.image)
-    valid = read_valid(pair.image)
+    image, valid = read_layer(pair.image, steps)
     layers = [image]
     for path in pair.extras:
-        extra = read_image(path)[:, :, :1]
+        extra, known = read_layer(path, steps, extra=True)
         if extra.shape[:2] != image.shape[:2]:
             raise ImageError(f"{path} is {_size(extra)}, its image {pair.image} is {_size(image)}; sizes must agree")
         layers.append(extra)
+        valid = both_hold(valid, known)
     if len(layers) > 1:
         kind = image.dtype if len({layer.dtype for layer in layers}) == 1 else np.dtype(np.float32)
         image = np.concatenate([layer.astype(kind, copy=False) for layer in layers], axis=2)
     if channels and image.shape[2] != len(channels):
         raise ImageError(f"{pair.image} has {image.shape[2]} channels, expected {len(channels)} ({' '.join(channels)})")
-    if valid is not None:
-        image = np.where(valid[:, :, None], image, np.zeros((), image.dtype))
-    return (preprocess(image, steps) if steps else image), valid
+    return image, valid
+
+
+def both_hold(first: np.ndarray | None, second: np.ndarray | None) -> np.ndarray | None:
+    """Where both of two regions (H, W) bool hold; None is everywhere."""
+    if first is None or second is None:
+        return second if first is None else first
+    return first & second
 
 
 def _size(image: np.ndarray) -> str:
@@ -356,16 +460,31 @@ def _size(image: np.ndarray) -> str:
 def load_mask(pair: Pair, classes: ClassMap, valid: np.ndarray | None = None) -> np.ndarray:
     """Class indices (H, W) uint8 of a pair, 255 outside its region of interest and where the image has no data."""
     if pair.mask is None:
-        raise DatasetError(f"{pair.image} has no mask")
+        raise DatasetError(f"{pair.image} has no mask; expected one of its name in gt/ or masks/")
     mask = classes.encode(read_mask(pair.mask), pair.mask)
     if pair.roi:
         inside = read_mask(pair.roi)
         if inside.shape != mask.shape:
             raise ImageError(f"{pair.roi} is {_size(inside)}, its mask {pair.mask} is {_size(mask)}; sizes must agree")
         mask[inside == 0] = IGNORE_INDEX
-    if valid is not None:
+    if valid is not None and valid.shape == mask.shape:
         mask[~valid] = IGNORE_INDEX
     return mask
+
+
+def load_pair(pair: Pair, classes: ClassMap, config: ModelConfig) -> tuple[np.ndarray, np.ndarray | None]:
+    """The image (H, W, C) as the network's channels, and its class indices (H, W) uint8 if it has a mask.
+
+    Raises:
+        ImageError: see load_image and load_mask; also image and mask of two sizes.
+    """
+    image, valid = load_image(pair, config.channels, config.preprocess)
+    if pair.mask is None:
+        return image, None
+    mask = load_mask(pair, classes, valid)
+    if image.shape[:2] != mask.shape:
+        raise ImageError(f"mask {pair.mask} is {_size(mask)}, its image {pair.image} is {_size(image)}")
+    return image, mask
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -387,7 +506,8 @@ class EpochSampler(Sampler[list[tuple[Slot, ...]]]):
     Args:
         present: for each image the class indices that a forced crop may be asked to hold.
         crops: slots an image gets in an epoch (1 for the resize geometry).
-        quota: share of the slots that must hold a labelled pixel; images without one pass theirs on.
+        quota: share of the slots that must hold a labelled pixel. They are taken from images that have one; only when
+            these are too few do images without one pass slots on to them.
     """
 
     def __init__(self, present: Sequence[Sequence[int]], *, batch: int, crops: int, quota: float, seed: int) -> None:
@@ -413,20 +533,23 @@ class EpochSampler(Sampler[list[tuple[Slot, ...]]]):
         rng = np.random.default_rng([self.seed, self.epoch])
         order = rng.permutation(len(self.present)).tolist()
         images = [index for index in order for _ in range(self.crops)]
-        forced = set(rng.permutation(self.samples)[: self._forced()].tolist())
         seeds = rng.integers(0, 2**31, self.samples).tolist()
-        chosen = []
+        forced = self._forced(images, rng)
+        slots = []
         for place, (image, seed) in enumerate(zip(images, seeds, strict=True)):
             wanted = None
             if place in forced:
                 if not self.present[image]:
                     image = int(rng.choice(self.labelled))
                 wanted = int(rng.choice(self.present[image]))
-            chosen.append(Slot(image, seed, wanted))
-        return chosen
+            slots.append(Slot(image, seed, wanted))
+        return slots
 
-    def _forced(self) -> int:
-        return int(np.ceil(self.quota * self.samples)) if self.labelled else 0
+    def _forced(self, images: Sequence[int], rng: np.random.Generator) -> set[int]:
+        """Places of the slots that must hold a labelled pixel: those of labelled images before those of others."""
+        count = math.ceil(self.quota * len(images) - 1e-9) if self.labelled else 0
+        shuffled = rng.permutation(len(images)).tolist()
+        return set(sorted(shuffled, key=lambda place: not self.present[images[place]])[:count])
 
     def __iter__(self) -> Iterator[list[tuple[Slot, ...]]]:
         slots = self.slots()
@@ -464,10 +587,9 @@ class TrainingSet(Dataset[list[tuple[str, np.ndarray, np.ndarray]]]):
     def __getitem__(self, slots: tuple[Slot, ...]) -> list[tuple[str, np.ndarray, np.ndarray]]:
         """Samples (name, tensor (C, H, W) float32, mask (H, W) uint8), one for each slot."""
         pair = self.pairs[slots[0].image]
-        image, valid = load_image(pair, self.config.channels, self.config.preprocess)
-        mask = load_mask(pair, self.classes, valid)
-        if image.shape[:2] != mask.shape:
-            raise ImageError(f"mask {pair.mask} is {_size(mask)}, its image {pair.image} is {_size(image)}")
+        image, mask = load_pair(pair, self.classes, self.config)
+        if mask is None:
+            raise DatasetError(f"{pair.image} has no mask; expected one of its name in gt/ or masks/")
         take = self._crop if self.config.geometry.kind == "crops" else self._resized
         samples = []
         for slot in slots:
@@ -587,10 +709,7 @@ class EvaluationSet(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         pair, geometry = self.pairs[index], self.config.geometry
-        image, valid = load_image(pair, self.config.channels, self.config.preprocess)
-        mask = load_mask(pair, self.classes, valid) if pair.mask else None
-        if mask is not None and mask.shape != image.shape[:2]:
-            raise ImageError(f"mask {pair.mask} is {_size(mask)}, its image {pair.image} is {_size(image)}")
+        image, mask = load_pair(pair, self.classes, self.config)
         pixels = resize_image(image, geometry.size) if geometry.kind == "resize" else image
         return Sample(
             pair,
@@ -633,6 +752,3 @@ def evaluation_loader(data: EvaluationSet, batch: int, workers: int) -> DataLoad
         worker_init_fn=_start_worker,
         generator=torch.Generator(),
     )
-
-
-__all__ = ["Batch", "ClassMap", "EpochSampler", "EvaluationSet", "Geometry", "Pair", "Sample", "TrainingSet"]

@@ -1,46 +1,63 @@
 """Look at every file of a data set once, in parallel and cached: what is wrong with it, its labels, its statistics."""
 
+import argparse
 import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from checkpoint import ModelConfig
-from dataset import ClassMap, DatasetError, Listing, Pair
-from image_io import ImageError, preprocess, read_image, read_mask, read_orientation, read_valid, write_text
+from dataset import (
+    MAX_LABEL,
+    ClassMap,
+    DatasetError,
+    FileOptions,
+    Listing,
+    Pair,
+    both_hold,
+    find_splits,
+    read_layer,
+)
+from image_io import ImageError, read_mask, read_orientation, write_text
 
-CACHE_VERSION = 1
-MANY_LABELS = 4096  # a mask with more different values is kept as "zero or not"
+CACHE_VERSION = 2
+MANY_LABELS = 4096  # of one mask; those beyond are counted under its largest label
+MANY_CLASSES = 250  # class indices are 8 bit, and some of them mean something else
+SHOWN = 20  # labels that a message lists
 STATISTICS_FILE = "mean_vals.txt"
 
 
 @dataclass
 class ImageFacts:
-    """What one image file holds. Sums run over its valid pixels, in raw units, a number per channel."""
+    """What one image file holds, after preprocessing.
+
+    pixels: how many hold data. means and spreads: for each channel, over these pixels, the mean and the sum of squared
+    differences from it. low and high: smallest and largest value.
+    """
 
     size: tuple[int, int] = (0, 0)
     channels: int = 0
     dtype: str = ""
     orientation: int = 1
     pixels: int = 0
-    sums: list[float] = field(default_factory=list)
-    squares: list[float] = field(default_factory=list)
+    means: list[float] = field(default_factory=list)
+    spreads: list[float] = field(default_factory=list)
     low: float = 0.0
     high: float = 0.0
-    nonfinite: int = 0
     error: str | None = None
 
 
 @dataclass
 class MaskFacts:
-    """What one mask file holds: pixels of each value, [[value, count], ...]."""
+    """What one mask file holds: pixels of each value, [[value, count], ...], where the pixels count."""
 
     size: tuple[int, int] = (0, 0)
     orientation: int = 1
@@ -62,6 +79,11 @@ class PairFacts:
         """Channels of the image file alone, without the extra ones."""
         return self.layers[0].channels
 
+    @property
+    def has_data(self) -> bool:
+        """Whether every layer was read and has a pixel that counts."""
+        return all(layer.pixels for layer in self.layers)
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -78,93 +100,105 @@ class Statistics:
 
 
 def scan_pairs(
-    pairs: Sequence[Pair],
-    *,
-    steps: Sequence[str] = (),
-    workers: int | None = None,
-    progress: Callable[[Iterable[Any], int], Iterable[Any]] | None = None,
+    pairs: Sequence[Pair], *, steps: Sequence[str] = (), workers: int | None = None, progress: bool = False
 ) -> list[PairFacts]:
-    """Read every file of the pairs that the cache does not know at its present size and time.
+    """Read every pair that the cache does not know with its files' present sizes and times.
+
+    An interrupted scan keeps what it has read.
 
     Args:
         steps: preprocessing that the statistics belong to.
-        progress: wraps the iterable of finished files, given with their number, to show how far it is.
+        workers: threads; None is one for each core.
+        progress: show a bar on a terminal.
     """
     cache_path = _cache_path(pairs)
     cache = _read_cache(cache_path)
-    jobs: dict[str, tuple[Callable[..., Any], Path, bool]] = {}
-    for pair in pairs:
-        for place, path in enumerate([pair.image, *pair.extras]):
-            jobs[_key(path, "image", steps)] = (lambda p, first: _image_facts(p, steps, first), path, place > 0)
-        for path in (pair.mask, pair.roi):
-            if path:
-                jobs[_key(path, "mask", ())] = (lambda p, _: _mask_facts(p), path, False)
-    fresh = [key for key in jobs if key not in cache]
+    keys = [_key(pair, steps) for pair in pairs]
+    states = [[_state(path) for path in _files(pair)] for pair in pairs]
+    fresh = [i for i, key in enumerate(keys) if cache.get(key, {}).get("state") != states[i]]
     if fresh:
-        with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-            done: Iterable[Any] = pool.map(lambda key: jobs[key][0](*jobs[key][1:]), fresh)
-            done = progress(done, len(fresh)) if progress else done
-            cache.update(zip(fresh, (vars(facts) for facts in done), strict=True))
-        _write_cache(cache_path, {key: cache[key] for key in cache if key in jobs})
-    return [_pair_facts(pair, cache, steps) for pair in pairs]
+        pool = ThreadPoolExecutor(workers or os.cpu_count())
+        try:
+            found = pool.map(lambda i: _scan_pair(pairs[i], steps), fresh)
+            bar = tqdm(found, "checking files", len(fresh), leave=False, disable=None if progress else True, unit="img")
+            for i, facts in zip(fresh, bar, strict=True):
+                cache[keys[i]] = {"state": states[i], **facts}
+        finally:
+            pool.shutdown(cancel_futures=True)
+            _write_cache(cache_path, cache)
+    return [_from_cache(pair, cache[key]) for pair, key in zip(pairs, keys, strict=True)]
 
 
-def _pair_facts(pair: Pair, cache: dict[str, Any], steps: Sequence[str]) -> PairFacts:
-    layers = [ImageFacts(**cache[_key(path, "image", steps)]) for path in (pair.image, *pair.extras)]
-    mask = MaskFacts(**cache[_key(pair.mask, "mask", ())]) if pair.mask else None
-    roi = MaskFacts(**cache[_key(pair.roi, "mask", ())]) if pair.roi else None
-    return PairFacts(pair, layers, mask, roi)
+def _scan_pair(pair: Pair, steps: Sequence[str]) -> dict[str, Any]:
+    layers, counted = [], None
+    for place, path in enumerate(pair.layers):
+        facts, valid = _scan_image(path, steps, extra=place > 0)
+        layers.append(facts)
+        counted = both_hold(counted, valid) if facts.size == layers[0].size else counted
+    roi, inside = _scan_mask(pair.roi) if pair.roi else (None, None)
+    if roi and roi.size == layers[0].size and inside is not None:
+        counted = both_hold(counted, inside != 0)
+    mask, values = _scan_mask(pair.mask) if pair.mask else (None, None)
+    if mask and values is not None:
+        same = counted is not None and counted.shape == values.shape
+        mask.labels = count_labels(values[counted] if same else values)
+    return {
+        "layers": [asdict(facts) for facts in layers],
+        **{"mask": mask and asdict(mask), "roi": roi and asdict(roi)},
+    }
 
 
-def _image_facts(path: Path, steps: Sequence[str], first_channel: bool) -> ImageFacts:
+def _scan_image(path: Path, steps: Sequence[str], *, extra: bool) -> tuple[ImageFacts, np.ndarray | None]:
     try:
-        image, valid, orientation = read_image(path), read_valid(path), read_orientation(path)
+        image, valid = read_layer(path, steps, extra=extra)
+        orientation = read_orientation(path)
     except (ImageError, OSError) as error:
-        return ImageFacts(error=str(error))
-    if first_channel:
-        image = image[:, :, :1]
+        return ImageFacts(error=str(error)), None
     facts = ImageFacts(image.shape[:2], image.shape[2], str(image.dtype), orientation)
-    pixels = image.reshape(-1, image.shape[2]) if valid is None else image[valid]
-    if image.dtype.kind == "f":
-        facts.nonfinite = int(pixels.size - np.isfinite(pixels).sum())
-    if facts.nonfinite or not len(pixels):
-        return facts
-    facts.low, facts.high = float(pixels.min()), float(pixels.max())
-    if steps:
-        image = preprocess(image if valid is None else np.where(valid[:, :, None], image, 0), steps)
-        pixels = image.reshape(-1, image.shape[2]) if valid is None else image[valid]
+    pixels = image.reshape(-1, image.shape[2]) if valid is None else image[valid]  # (P, C)
     facts.pixels = len(pixels)
-    facts.sums, facts.squares = _sums(pixels)
-    return facts
+    if len(pixels):
+        facts.low, facts.high = float(pixels.min()), float(pixels.max())
+        facts.means, facts.spreads = moments(pixels)
+    return facts, valid
 
 
-def _sums(pixels: np.ndarray) -> tuple[list[float], list[float]]:
-    """Sum and sum of squares for each channel of (P, C), exact for whole numbers."""
-    if pixels.dtype == np.uint8:
-        counts = np.stack([np.bincount(pixels[:, c], minlength=256) for c in range(pixels.shape[1])])
-        values = np.arange(256, dtype=np.float64)
-        return (counts @ values).tolist(), (counts @ values**2).tolist()
-    sums = pixels.sum(axis=0, dtype=np.float64)
-    squares = [float(np.square(pixels[:, c], dtype=np.float64).sum()) for c in range(pixels.shape[1])]
-    return sums.tolist(), squares
+def moments(pixels: np.ndarray) -> tuple[list[float], list[float]]:
+    """Mean and sum of squared differences from it, for each channel of (P, C) uint8, uint16 or float32."""
+    means, spreads = [], []
+    weights: np.ndarray
+    for channel in pixels.T:
+        if channel.dtype.kind == "u":  # by value, each of which is exact
+            weights = np.bincount(channel)
+            values = np.arange(len(weights), dtype=np.float64)
+        else:
+            weights, values = np.ones(len(channel)), channel.astype(np.float64)
+        mean = float(weights @ values / len(channel))
+        means.append(mean)
+        spreads.append(float(weights @ (values - mean) ** 2))
+    return means, spreads
 
 
-def _mask_facts(path: Path) -> MaskFacts:
+def _scan_mask(path: Path) -> tuple[MaskFacts, np.ndarray | None]:
     try:
-        mask, orientation = read_mask(path), read_orientation(path)
+        mask = read_mask(path)
+        return MaskFacts(mask.shape[:2], read_orientation(path)), mask
     except (ImageError, OSError) as error:
-        return MaskFacts(error=str(error))
-    if mask.dtype.itemsize <= 2:
-        counts = np.bincount(mask.ravel())
-        values = np.flatnonzero(counts)
-        counts = counts[values]
+        return MaskFacts(error=str(error)), None
+
+
+def count_labels(values: np.ndarray) -> list[list[int]]:
+    """[[value, pixels], ...] of mask values of any shape; see MANY_LABELS."""
+    if values.dtype.itemsize <= 2:
+        counts = np.bincount(values.ravel(), minlength=1)
+        found = np.flatnonzero(counts)
+        counts = counts[found]
     else:
-        values, counts = np.unique(mask, return_counts=True)
-    if len(values) > MANY_LABELS:
-        zero = int(counts[values == 0].sum())
-        values, counts = np.array([0, 1]), np.array([zero, mask.size - zero])
-    labels = [[int(value), int(count)] for value, count in zip(values, counts, strict=True) if count]
-    return MaskFacts(mask.shape, orientation, labels)
+        found, counts = np.unique(values, return_counts=True)
+    if len(found) > MANY_LABELS:
+        counts = np.append(counts[: MANY_LABELS - 1], counts[MANY_LABELS - 1 :].sum())
+        found = np.append(found[: MANY_LABELS - 1], found[-1])
+    return [[int(value), int(count)] for value, count in zip(found, counts, strict=True)]
 
 
 def cache_dir() -> Path:
@@ -177,22 +211,43 @@ def _cache_path(pairs: Sequence[Pair]) -> Path:
     return cache_dir() / f"scan-{hashlib.sha256(folder.encode()).hexdigest()[:16]}.json"
 
 
-def _key(path: Path, kind: str, steps: Sequence[str]) -> str:
+def _files(pair: Pair) -> list[Path]:
+    return [*pair.layers, *(path for path in (pair.mask, pair.roi) if path)]
+
+
+def _key(pair: Pair, steps: Sequence[str]) -> str:
+    layers = "|".join(str(path.resolve()) for path in pair.layers)
+    mask, roi = (path.resolve() if path else "" for path in (pair.mask, pair.roi))
+    return f"{'+'.join(steps)}|{layers}|mask {mask}|roi {roi}"
+
+
+def _state(path: Path) -> list[int]:
     state = path.stat()
-    return f"{kind}|{'+'.join(steps)}|{path.resolve()}|{state.st_size}|{state.st_mtime_ns}"
+    return [state.st_size, state.st_mtime_ns]
+
+
+def _from_cache(pair: Pair, entry: dict[str, Any]) -> PairFacts:
+    def image(values: dict[str, Any]) -> ImageFacts:
+        return ImageFacts(**{**values, "size": tuple(values["size"])})
+
+    def mask(values: dict[str, Any] | None) -> MaskFacts | None:
+        return values and MaskFacts(**{**values, "size": tuple(values["size"])})  # type: ignore[return-value]
+
+    return PairFacts(pair, [image(layer) for layer in entry["layers"]], mask(entry["mask"]), mask(entry["roi"]))
 
 
 def _read_cache(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}  # no cache yet, or one cut short by a full disk: everything is read again
-    return content["facts"] if content.get("version") == CACHE_VERSION else {}
+        return {}  # no cache yet, or one that was damaged: everything is read again
+    known = isinstance(content, dict) and content.get("version") == CACHE_VERSION
+    return content["pairs"] if known else {}
 
 
-def _write_cache(path: Path, facts: dict[str, Any]) -> None:
+def _write_cache(path: Path, pairs: dict[str, Any]) -> None:
     try:
-        write_text(path, json.dumps({"version": CACHE_VERSION, "facts": facts}))
+        write_text(path, json.dumps({"version": CACHE_VERSION, "pairs": pairs}))
     except OSError:
         return  # a read-only home only means that the next run reads the files again
 
@@ -207,25 +262,23 @@ def find_problems(listings: Sequence[Listing], facts: Sequence[PairFacts]) -> tu
     warnings: list[str] = []
     for item in facts:
         errors += _pair_errors(item)
-        layer = item.layers[0]
-        if layer.error is None and not layer.nonfinite and layer.low == layer.high:
-            warnings.append(f"{item.pair.image} is constant: every pixel is {layer.low:g}")
+        for path, layer in zip(item.pair.layers, item.layers, strict=True):
+            if layer.error is None and not layer.pixels:
+                warnings.append(f"{path} has no pixel with data")
+            elif layer.error is None and layer.low == layer.high:
+                warnings.append(f"{path} is constant: every pixel is {layer.low:g}")
     errors += _mixed([(item.pair.image, f"{item.channels} channels") for item in facts if item.channels], "channels")
-    warnings += _mixed([(item.pair.image, item.layers[0].dtype) for item in facts if item.channels], "pixel types")
+    for place in range(len(facts[0].layers) if facts else 0):
+        layers = [(item.pair.layers[place], item.layers[place].dtype) for item in facts]
+        warnings += _mixed([(path, dtype) for path, dtype in layers if dtype], "pixel types")
     return errors, warnings
 
 
 def _pair_errors(item: PairFacts) -> list[str]:
     pair, image = item.pair, item.layers[0]
-    others = list(zip(pair.extras, item.layers[1:], strict=True))
+    others: list[tuple[Path, ImageFacts | MaskFacts]] = list(zip(pair.extras, item.layers[1:], strict=True))
     others += [(path, part) for path, part in ((pair.mask, item.mask), (pair.roi, item.roi)) if path and part]
-    errors = [part.error for _, part in [(pair.image, image), *others] if part.error]
-    for path, part in [(pair.image, image), *others]:
-        if isinstance(part, ImageFacts) and part.nonfinite:
-            errors.append(
-                f"{path} has {part.nonfinite} values that are NaN or infinite; expected finite values, "
-                "or a nodata value declared in the file (GDAL tag)"
-            )
+    errors = [part.error for part in (image, *(part for _, part in others)) if part.error]
     for path, part in others:
         if image.error or part.error:
             continue
@@ -234,7 +287,7 @@ def _pair_errors(item: PairFacts) -> list[str]:
                 f"{pair.image} has EXIF orientation {image.orientation}, {path} has {part.orientation}: which way up "
                 "they belong together is unknown. Save both with the same orientation, or both without."
             )
-        elif tuple(part.size) != tuple(image.size):
+        elif part.size != image.size:
             errors.append(
                 f"{path} is {part.size[0]}x{part.size[1]}, its image {pair.image} is "
                 f"{image.size[0]}x{image.size[1]}; sizes must agree"
@@ -252,71 +305,81 @@ def _mixed(found: Sequence[tuple[Path, str]], what: str) -> list[str]:
     return [f"images differ in {what}: {listed}. One data set needs the same {what} everywhere."]
 
 
-def label_counts(facts: Sequence[PairFacts]) -> Counter[int]:
-    """Pixels of each mask value over all masks."""
-    counts: Counter[int] = Counter()
-    for item in facts:
-        for value, count in item.mask.labels if item.mask else []:
-            counts[value] += count
-    return counts
+# ----------------------------------------------------------------------------------------------------------------------
+# Classes
 
 
-def resolve_classes(
-    class_list: str | None,
-    counts: Counter[int],
-    *,
-    names: Sequence[str] | None = None,
-    ignore_label: int | None = None,
-    mask_threshold: float | None = None,
-    max_mask_val: int = 0,
-) -> ClassMap:
-    """Turn the flags about classes into a ClassMap; without a list, masks of {0, x} mean x.
+@dataclass(frozen=True)
+class ClassOptions:
+    """Which mask values are learned.
+
+    labels: such as "64 128", or "nonzero", or None: masks of 0 and x mean x. max_mask_val: learn 1 to N instead.
+    mask_threshold: values above it are the object instead. ignore_label: a value that counts nowhere.
+    """
+
+    labels: str | None = None
+    names: tuple[str, ...] = ()
+    ignore_label: int | None = None
+    mask_threshold: float | None = None
+    max_mask_val: int = 0
+
+
+def resolve_classes(options: ClassOptions, counts: Counter[int]) -> ClassMap:
+    """Turn options into a ClassMap.
 
     Args:
-        class_list: mask labels such as "64 128", or "nonzero", or None.
         counts: pixels of each value in the training masks.
 
     Raises:
         DatasetError: labels that cannot be, a list that is needed, or names that do not fit.
     """
-    labels = _labels(class_list, counts, ignore_label, mask_threshold, max_mask_val)
-    classes = [str(label) for label in labels] or ["object"]
-    if 0 not in labels:
-        classes = ["background", *classes]
+    if options.ignore_label is not None and not 0 <= options.ignore_label <= MAX_LABEL:
+        raise DatasetError(f"--ignore-label {options.ignore_label} is out of range, expected 0 to {MAX_LABEL}")
+    labels = _labels(options, counts)
+    if len(labels) > MANY_CLASSES:
+        raise DatasetError(f"{len(labels)} labels to learn, at most {MANY_CLASSES} are possible")
+    implicit = [] if 0 in labels else ["background"]
+    classes = [*implicit, *(map(str, labels) if labels else ["object"])]
     if len(classes) < 2:
         raise DatasetError("--class-list 0 alone leaves nothing to tell it from; add the labels of the other classes")
-    if names:
-        given = ["background", *names] if 0 not in labels and len(names) == len(classes) - 1 else list(names)
-        if len(given) != len(classes):
-            raise DatasetError(f"--class-names has {len(names)} names, expected {len(classes) - (0 not in labels)}")
+    if options.names:
+        given = [*options.names] if len(options.names) == len(classes) else [*implicit, *options.names]
+        if len(given) != len(classes) or len(set(given)) != len(given):
+            expected = len(classes) - len(implicit)
+            raise DatasetError(f"--class-names {' '.join(options.names)}: expected {expected} different names")
         classes = given
-    return ClassMap(labels, tuple(classes), ignore_label, mask_threshold, max_mask_val)
+    limit = 0 if options.mask_threshold is not None else options.max_mask_val
+    return ClassMap(labels, tuple(classes), options.ignore_label, options.mask_threshold, limit)
 
 
-def _labels(
-    class_list: str | None,
-    counts: Counter[int],
-    ignore_label: int | None,
-    mask_threshold: float | None,
-    max_mask_val: int,
-) -> tuple[int, ...]:
-    if mask_threshold is not None or class_list == "nonzero":
+def _labels(options: ClassOptions, counts: Counter[int]) -> tuple[int, ...]:
+    ignored = options.ignore_label
+    if options.mask_threshold is not None:
         return ()
-    if max_mask_val:
-        return tuple(range(1, max_mask_val + 1))
-    if class_list:
-        return _listed(class_list, ignore_label)
-    values = sorted(value for value in counts if value not in (0, ignore_label))
-    if len(values) == 1 and values[0] > 0:
-        return (values[0],)
+    if options.max_mask_val:
+        return tuple(label for label in range(1, options.max_mask_val + 1) if label != ignored)
+    if options.labels == "nonzero":
+        return ()
+    if options.labels:
+        return _listed(options.labels, ignored)
+    values = sorted(value for value in counts if value not in (0, ignored))
+    if len(values) == 1:
+        return (values[0],) if values[0] <= MAX_LABEL else ()
     if not values:
         raise DatasetError("every mask is empty (only label 0): there is nothing to learn; check the masks in gt/")
-    shown = " ".join(map(str, values[:20])) + (" ..." if len(values) > 20 else "")
-    raise DatasetError(
-        f"the masks hold the labels 0 {shown}, which needs a choice: "
-        f'--class-list "{shown}" (or a part of it) for classes, --max-mask-val {values[-1]} for all up to it, '
-        "--class-list nonzero for instance maps, or --mask-threshold 127 for grey or JPEG masks"
-    )
+    raise DatasetError(f"the masks hold the labels 0 {_some(values)}, which needs a choice: {_ways(values)}")
+
+
+def _some(values: Sequence[int]) -> str:
+    return " ".join(map(str, values[:SHOWN])) + (f" ... {values[-1]}" if len(values) > SHOWN else "")
+
+
+def _ways(values: Sequence[int]) -> str:
+    """Flags that choose among mask values, the likeliest first."""
+    each = f'--class-list "{" ".join(map(str, values))}" (or a part of it) for classes'
+    ways = [f"--max-mask-val {values[-1]} for all up to it"] if values[-1] <= MANY_CLASSES else []
+    ways += ["--class-list nonzero for instance maps", "--mask-threshold 127 for grey or JPEG masks"]
+    return ", ".join([each, *ways] if len(values) <= SHOWN else [*ways[::-1], '--class-list "..." for classes'])
 
 
 def _listed(class_list: str, ignore_label: int | None) -> tuple[int, ...]:
@@ -324,64 +387,77 @@ def _listed(class_list: str, ignore_label: int | None) -> tuple[int, ...]:
         labels = tuple(int(word) for word in class_list.replace(",", " ").split())
     except ValueError:
         raise DatasetError(f'--class-list {class_list!r} must be labels such as "64 128", or nonzero') from None
-    wrong = [label for label in labels if not 0 <= label <= 65535]
+    wrong = [label for label in labels if not 0 <= label <= MAX_LABEL]
     if wrong or not labels:
-        raise DatasetError(f"--class-list {class_list!r}: label {wrong or 'missing'} out of range, expected 0 to 65535")
+        found = f"label {wrong[0]} out of range" if wrong else "no label in it"
+        raise DatasetError(f"--class-list {class_list!r}: {found}, expected 0 to {MAX_LABEL}")
     if len(set(labels)) != len(labels) or ignore_label in labels:
         raise DatasetError(f"--class-list {class_list!r} names a label twice, or the one of --ignore-label")
-    if len(labels) > 250:
-        raise DatasetError(f"--class-list names {len(labels)} labels, at most 250 are possible")
     return labels
 
 
-def find_label_problems(classes: ClassMap, counts: Counter[int], split: str) -> tuple[list[str], list[str]]:
-    """Labels that never occur and labels that nobody listed: (errors, warnings)."""
-    if classes.mask_threshold is not None:
-        return [], []
-    errors, warnings = [], []
-    known = {*classes.labels, classes.ignore_label}
-    absent = [label for label in classes.labels if not counts[label]]
-    if classes.labels and len(absent) == len(classes.labels):
-        present = " ".join(str(value) for value in sorted(counts)[:20])
-        errors.append(f"{split}: no mask holds any of the labels {absent}; the masks hold {present}")
-    elif absent:
+def label_counts(facts: Sequence[PairFacts]) -> Counter[int]:
+    """Pixels of each mask value over all masks, inside the regions of interest and where images have data."""
+    counts: Counter[int] = Counter()
+    for item in facts:
+        for value, count in item.mask.labels if item.mask else []:
+            counts[value] += count
+    return counts
+
+
+def find_label_problems(
+    classes: ClassMap, facts: Sequence[PairFacts], split: str, *, learns: bool
+) -> tuple[list[str], list[str]]:
+    """Labels that never occur and labels that nobody listed: (errors, warnings).
+
+    Args:
+        split: its name in the messages.
+        learns: the split is trained on, so nothing to learn is an error.
+    """
+    counts = label_counts(facts)
+    errors: list[str] = []
+    warnings: list[str] = []
+    values = sorted(value for value in counts if value != classes.ignore_label)
+    if not any(classes_present(item, classes) for item in facts):
+        wanted = f"any of the labels {_some(classes.labels)}" if classes.labels else "a pixel of the object"
+        message = f"{split}: no mask holds {wanted}; the masks hold {_some(values) or 'nothing that counts'}"
+        (errors if learns or values not in ([], [0]) else warnings).append(message)
+    elif absent := [label for label in classes.labels if not counts[label]]:
         warnings.append(f"{split}: the labels {absent} never occur in a mask")
-    unlisted = sorted(value for value in counts if value not in known and value != 0) if classes.labels else []
+    unlisted = [value for value in values if value not in (0, *classes.labels)] if classes.labels else []
+    if not unlisted:
+        return errors, warnings
+    everything = sorted({*classes.labels, *unlisted})
+    listed = f'to learn them: --class-list "{" ".join(map(str, everything))}"' if len(everything) <= 3 * SHOWN else ""
+    note = f"{split}: the masks also hold the labels {_some(unlisted)}, first in {_first_with(facts, unlisted)}"
     if not classes.has_background:
-        unlisted = sorted(value for value in counts if value not in known)
-    if not classes.labels and not sum(count for value, count in counts.items() if value not in (0, *known)):
-        errors.append(f"{split}: every mask is empty (only label 0), there is nothing to learn")
-    if unlisted:
-        everything = " ".join(map(str, sorted({*classes.labels, *unlisted})[:60]))
-        note = f'{split}: the masks also hold the labels {unlisted[:20]}; to learn them: --class-list "{everything}"'
-        if not classes.has_background:
-            errors.append(f"{note}, or --ignore-label for one of them: a list with 0 has no background to put them in")
-        elif classes.max_mask_val and unlisted[-1] > classes.max_mask_val:
-            errors.append(f"{note}: out of range of --max-mask-val {classes.max_mask_val}")
-        else:
-            warnings.append(f"{note}. Now they are background.")
+        errors.append(f"{note}; {listed}, or --ignore-label for one: a list with 0 has no background to put them in")
+    elif 0 < classes.max_mask_val < unlisted[-1]:
+        errors.append(f"{note}: out of range, --max-mask-val is {classes.max_mask_val}")
+    else:
+        warnings.append(f"{note}. They are background; {listed or '--class-list nonzero learns them as one class'}")
     return errors, warnings
+
+
+def _first_with(facts: Sequence[PairFacts], values: Sequence[int]) -> str:
+    wanted = set(values)
+    holds = (item.pair.mask for item in facts if item.mask and wanted & {value for value, _ in item.mask.labels})
+    return str(next(holds))
 
 
 def classes_present(item: PairFacts, classes: ClassMap) -> tuple[int, ...]:
     """Class indices that a forced crop of this image may be asked to hold: all but an implicit background."""
-    if item.mask is None:
+    if item.mask is None or not item.mask.labels:
         return ()
-    values = np.array([value for value, _ in item.mask.labels], np.int64)
-    if classes.mask_threshold is not None:
-        return (1,) if (values > classes.mask_threshold).any() else ()
-    found = set(np.unique(classes.table[np.minimum(values, 65535)]).tolist())
+    found = set(classes.indices(np.array([value for value, _ in item.mask.labels], np.int64)).tolist())
     return tuple(sorted(found & set(range(int(classes.has_background), len(classes.names)))))
 
 
 def class_pixels(facts: Sequence[PairFacts], classes: ClassMap) -> np.ndarray:
     """Training pixels of each class index, (K,) int64; ignored ones are left out."""
     totals = np.zeros(256, np.int64)
-    for value, count in label_counts(facts).items():
-        index = (
-            value > classes.mask_threshold if classes.mask_threshold is not None else classes.table[min(value, 65535)]
-        )
-        totals[int(index)] += count
+    counts = label_counts(facts)
+    np.add.at(totals, classes.indices(np.array([*counts], np.int64)), np.array([*counts.values()], np.int64))
     return totals[: len(classes.names)]
 
 
@@ -402,19 +478,20 @@ def balanced_weights(pixels: np.ndarray) -> np.ndarray:
 
 
 def statistics(facts: Sequence[PairFacts]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation per channel over all valid pixels of the split, float64, in network order."""
-    sums = np.array([[value for layer in item.layers for value in layer.sums] for item in facts if _counted(item)])
-    squares = np.array([[v for layer in item.layers for v in layer.squares] for item in facts if _counted(item)])
-    pixels = np.array([[layer.pixels for layer in item.layers for _ in layer.sums] for item in facts if _counted(item)])
-    if not len(sums):
-        raise DatasetError("no training image has a valid pixel, so there are no statistics")
-    mean = sums.sum(axis=0) / pixels.sum(axis=0)
-    variance = squares.sum(axis=0) / pixels.sum(axis=0) - mean**2
-    return mean, np.sqrt(np.maximum(variance, 0))
+    """Mean and standard deviation per channel over all pixels with data, (C,) float64, in network order.
 
-
-def _counted(item: PairFacts) -> bool:
-    return all(layer.pixels for layer in item.layers)
+    Raises:
+        DatasetError: there is no such pixel.
+    """
+    whole = [item.layers for item in facts if item.has_data]
+    if not whole:
+        raise DatasetError("no image has a pixel with data, so there are no statistics; check the nodata values")
+    pixels = np.array([[layer.pixels for layer in layers for _ in layer.means] for layers in whole])  # (I, C)
+    means = np.array([[mean for layer in layers for mean in layer.means] for layers in whole])
+    spreads = np.array([[spread for layer in layers for spread in layer.spreads] for layers in whole])
+    total = pixels.sum(axis=0)
+    mean = (pixels * means).sum(axis=0) / total
+    return mean, np.sqrt((spreads + pixels * (means - mean) ** 2).sum(axis=0) / total)
 
 
 def value_range(facts: Sequence[PairFacts]) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -424,15 +501,17 @@ def value_range(facts: Sequence[PairFacts]) -> tuple[tuple[float, ...], tuple[fl
     for place, first in enumerate(facts[0].layers):
         layers = [item.layers[place] for item in facts if item.layers[place].pixels]
         eight_bit = all(layer.dtype == "uint8" for layer in layers)
-        low += [0.0 if eight_bit else min(0.0, *(layer.low for layer in layers))] * first.channels
-        high += [255.0 if eight_bit else max(layer.high for layer in layers)] * first.channels
+        least, most = min(layer.low for layer in layers), max(layer.high for layer in layers)
+        low += [0.0 if eight_bit else min(0.0, least)] * first.channels
+        high += [255.0 if eight_bit else most if most > min(0.0, least) else least + 1.0] * first.channels
     return tuple(low), tuple(high)
 
 
-def digest(facts: Sequence[PairFacts], steps: Sequence[str], extra: str = "") -> str:
-    """Short name of what statistics were computed from: file names, sizes, preprocessing, part of the data."""
-    words = [f"{path.name}:{path.stat().st_size}" for item in facts for path in (item.pair.image, *item.pair.extras)]
-    return hashlib.sha256("|".join([*sorted(words), *steps, extra]).encode()).hexdigest()[:16]
+def digest(facts: Sequence[PairFacts], steps: Sequence[str]) -> str:
+    """Short name of what statistics were computed from: folders, file names and sizes of the fold, preprocessing."""
+    paths = [path for item in facts for path in item.pair.layers]
+    words = [f"{path.parent.name}/{path.name}:{path.stat().st_size}" for path in paths]
+    return hashlib.sha256("|".join([*sorted(words), *steps]).encode()).hexdigest()[:16]
 
 
 def load_or_compute_statistics(
@@ -443,11 +522,14 @@ def load_or_compute_statistics(
     The file holds two lines of numbers, mean and std, in the order B G R extras when the images are RGB, then a
     comment with the digest. One without a digest was given by the user and is taken as it is. A file that belongs to
     other data is left alone: the statistics then go into the run folder, as they do when `root` cannot be written.
+
+    Raises:
+        DatasetError: a file that is there is not what it should be, or no pixel has data.
     """
     mark, extent = digest(facts, steps), value_range(facts)
     order = _file_order(facts)
-    path = root / STATISTICS_FILE
-    for place in (path, run_dir / STATISTICS_FILE):
+    own, other = run_dir / STATISTICS_FILE, root / STATISTICS_FILE
+    for place in (other, own):
         if place.is_file():
             mean, std, found = read_statistics(place)
             if len(mean) == len(order) and found in (mark, None):
@@ -455,10 +537,20 @@ def load_or_compute_statistics(
                 return Statistics(tuple(mean[order].tolist()), tuple(std[order].tolist()), extent, source)
     mean, std = statistics(facts)
     text = _statistics_text(mean[order], std[order], mark, steps)
-    target = run_dir / STATISTICS_FILE if path.exists() or not os.access(root, os.W_OK) else path
-    write_text(target, text)
-    mean, std, _ = read_statistics(target)
+    target = own if other.exists() else _write_first(text, other, own)
+    if target == own:
+        write_text(own, text)
+    mean, std, _ = read_statistics(target)  # with the digits in the file, so that every later run has the same
     return Statistics(tuple(mean[order].tolist()), tuple(std[order].tolist()), extent, f"computed, kept in {target}")
+
+
+def _write_first(text: str, wish: Path, instead: Path) -> Path:
+    """Write to `wish`; where that is not possible, say that it goes `instead`."""
+    try:
+        write_text(wish, text)
+    except OSError:
+        return instead
+    return wish
 
 
 def _file_order(facts: Sequence[PairFacts]) -> list[int]:
@@ -479,18 +571,17 @@ def read_statistics(path: Path) -> tuple[np.ndarray, np.ndarray, str | None]:
     Raises:
         DatasetError: not two lines of as many numbers.
     """
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    marks = [line.split()[2].rstrip(";") for line in lines if line.startswith("# digest ")]
+    remedy = "expected a line of means and a line of deviations; delete it to compute it anew"
     try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         rows = [np.array([float(word) for word in line.split()]) for line in lines if not line.startswith("#")]
     except ValueError as error:
-        raise DatasetError(
-            f"{path} is not a list of means and deviations: {error}; delete it to compute it anew"
-        ) from error
+        raise DatasetError(f"{path} is not a list of numbers ({error}); {remedy}") from error
     if len(rows) != 2 or len(rows[0]) != len(rows[1]):
-        raise DatasetError(
-            f"{path} has {len(rows)} lines of numbers, expected 2 of one length; delete it to compute it"
-        )
+        raise DatasetError(f"{path} has lines of {[len(row) for row in rows]} numbers; {remedy}")
+    if not np.isfinite(rows).all() or (rows[1] < 0).any():
+        raise DatasetError(f"{path} holds NaN, infinity or a negative deviation; {remedy}")
+    marks = [line.split()[2].rstrip(";") for line in lines if line.startswith("# digest ")]
     return rows[0], rows[1], marks[0] if marks else None
 
 
@@ -507,9 +598,13 @@ def scene_warnings(facts: Sequence[PairFacts], config: ModelConfig) -> list[str]
     kinds = {item.layers[0].dtype for item in facts if item.layers[0].dtype}
     if kinds - {config.dtype}:
         warnings.append(f"images are {' '.join(sorted(kinds))}, the network was trained on {config.dtype}")
-    mean, _ = statistics(facts)
+    seen = [item for item in facts if item.has_data]
+    channels = sum(layer.channels for layer in facts[0].layers) if facts else 0
+    if not seen or channels != len(config.mean):
+        return warnings
+    mean, _ = statistics(seen)
     gap = np.abs(mean - np.array(config.mean)) / np.maximum(np.array(config.std), 1e-6)
-    if len(mean) == len(config.mean) and gap.max() > 2:
+    if gap.max() > 2:
         warnings.append(
             f"mean intensity {np.round(mean, 1).tolist()} is {gap.max():.1f} deviations from the training's "
             f"{np.round(config.mean, 1).tolist()}: expect worse results"
@@ -523,13 +618,19 @@ def scene_warnings(facts: Sequence[PairFacts], config: ModelConfig) -> list[str]
 
 @dataclass
 class Checked:
-    """A data set that was looked at: its facts, its classes and what there is to say about it."""
+    """A data set that was looked at: its facts, its classes and what there is to say about it.
 
+    errors stop a training, warnings and notes (choices that were made) do not.
+    """
+
+    root: Path
+    val_name: str
     train: list[PairFacts]
     val: list[PairFacts]
-    classes: ClassMap | None
-    errors: list[str]
-    warnings: list[str]
+    classes: ClassMap | None = None
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def raise_errors(self) -> ClassMap:
         """Stop on errors, all of them in one message; else return the classes.
@@ -539,42 +640,72 @@ class Checked:
         """
         if self.errors or self.classes is None:
             listed = "\n".join(f"  - {message}" for message in self.errors)
-            raise DatasetError(f"the data set has {len(self.errors)} errors:\n{listed}")
+            count = f"{len(self.errors)} error{'s' if len(self.errors) > 1 else ''}"
+            raise DatasetError(f"the data set has {count}:\n{listed}")
         return self.classes
+
+
+def check_from_flags(args: argparse.Namespace) -> Checked:
+    """Find, scan and check the data set that the flags of cli.add_data_args describe.
+
+    Raises:
+        DatasetError: there are no files to look at.
+    """
+    files = FileOptions(tuple(args.add_dirs), args.roi_dir, args.ids, args.val_share, args.group_pattern)
+    classes = ClassOptions(
+        args.class_list, tuple(args.class_names or ()), args.ignore_label, args.mask_threshold, args.max_mask_val
+    )
+    train, val, note = find_splits(args.dataset, files, val_dir=args.val_dir, val_ids=args.val_ids)
+    checked = check_dataset(train, val, classes, steps=args.preprocess, progress=True)
+    checked.notes.insert(0, note)
+    return checked
 
 
 def check_dataset(
     train: Listing,
-    val: Listing | None,
-    choose_classes: Callable[[Counter[int]], ClassMap],
+    val: Listing,
+    options: ClassOptions,
     *,
     steps: Sequence[str] = (),
     workers: int | None = None,
-    progress: Callable[[Iterable[Any], int], Iterable[Any]] | None = None,
+    progress: bool = False,
 ) -> Checked:
-    """Scan both splits and collect every finding at once.
-
-    Args:
-        choose_classes: makes the classes from the label counts of the training masks, see resolve_classes.
-    """
-    listings = [train, val] if val else [train]
-    facts = scan_pairs([p for part in listings for p in part.pairs], steps=steps, workers=workers, progress=progress)
-    own, other = facts[: len(train.pairs)], facts[len(train.pairs) :]
-    errors, warnings = find_problems(listings, facts)
-    for part, split in zip(listings, ("training", "validation"), strict=False):
+    """Scan both splits and collect every finding at once."""
+    facts = scan_pairs([*train.pairs, *val.pairs], steps=steps, workers=workers, progress=progress)
+    root = train.folder.parent if train.folder.name == "train" else train.folder
+    checked = Checked(root, val.name, facts[: len(train.pairs)], facts[len(train.pairs) :])
+    checked.errors, checked.warnings = find_problems([train, val], facts)
+    for part, split in ((train, "training"), (val, "validation")):
         if not part.has_masks:
-            errors.append(f"{part.folder} has no gt/ (or masks/): {split} needs a mask for every image")
+            checked.errors.append(f"{part.folder} has no gt/ (or masks/): {split} needs a mask for every image")
         elif not part.pairs:
-            errors.append(f"no image of {part.folder} is left for {split}")
-    classes = None
-    if own and train.has_masks and not any(item.mask and item.mask.error for item in own):
-        try:
-            classes = choose_classes(label_counts(own))
-        except DatasetError as error:
-            errors.append(str(error))
-    if classes:
-        for split, part_facts in (("training", own), ("validation", other)):
-            if part_facts:
-                found = find_label_problems(classes, label_counts(part_facts), split)
-                errors, warnings = errors + found[0], warnings + found[1]
-    return Checked(own, other, classes, list(dict.fromkeys(errors)), list(dict.fromkeys(warnings)))
+            checked.errors.append(f"no image of {part.folder} is left for {split}")
+    twice = {pair.image.resolve() for pair in train.pairs} & {pair.image.resolve() for pair in val.pairs}
+    if twice:
+        checked.warnings.append(f"{len(twice)} images are in training and validation both, such as {min(twice)}")
+    if any(item.mask and not item.mask.error for item in checked.train):
+        _check_labels(checked, options)
+    checked.errors = list(dict.fromkeys(checked.errors))
+    checked.warnings = list(dict.fromkeys(checked.warnings))
+    return checked
+
+
+def _check_labels(checked: Checked, options: ClassOptions) -> None:
+    """Choose the classes and compare them with the labels of both splits."""
+    try:
+        classes = checked.classes = resolve_classes(options, label_counts(checked.train))
+    except DatasetError as error:
+        checked.errors.append(str(error))
+        return
+    if options.labels and (options.max_mask_val or options.mask_threshold is not None):
+        winner = "--max-mask-val" if options.mask_threshold is None else "--mask-threshold"
+        checked.notes.append(f"{winner} is given, so --class-list {options.labels!r} is not used")
+    elif not options.labels and classes.labels and not options.max_mask_val:
+        label = classes.labels[0]
+        checked.notes.append(f"no --class-list: the masks hold 0 and {label}, so {label} is the object")
+    for split, part in (("training", checked.train), ("validation", checked.val)):
+        readable = [item for item in part if item.mask and not item.mask.error]
+        if readable:
+            errors, warnings = find_label_problems(classes, readable, split, learns=split == "training")
+            checked.errors += errors
+            checked.warnings += warnings

@@ -7,8 +7,7 @@ Example:
 import argparse
 import json
 import shlex
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import cli
 def build_parser() -> argparse.ArgumentParser:
     """Flags of train.py."""
     parser = cli.make_parser("Train a segmentation network on labelled images.")
-    add_data_args(parser)
+    cli.add_data_args(parser)
     add_network_args(parser)
     add_sample_args(parser)
     add_optimisation_args(parser)
@@ -27,30 +26,6 @@ def build_parser() -> argparse.ArgumentParser:
     cli.add_score_args(parser)
     cli.add_log_args(parser, exp_name="<model>_<encoder>_<data set>")
     return parser
-
-
-def add_data_args(parser: argparse.ArgumentParser) -> None:
-    """Add the flags about files and classes."""
-    cli.add_split_args(parser, val_share=0.2)
-    group = parser.add_argument_group("data")
-    group.add_argument("-d", "--dataset", type=Path, required=True, metavar="DIR", help="data set root")
-    group.add_argument("-val", "--val-dir", type=Path, metavar="DIR", help="validation split that lies elsewhere")
-    group.add_argument("--val-ids", type=Path, metavar="CSV", help="validate on the images named in its column id")
-    group.add_argument(
-        "--add-dirs", nargs="+", default=[], metavar="NAME", help="folders beside images/ with an extra channel each"
-    )
-    group.add_argument(
-        "--class-list",
-        metavar="LABELS",
-        help='mask labels to learn, such as "64 128"; "nonzero": any other than 0; without it masks of 0 and x mean x',
-    )
-    group.add_argument("--max-mask-val", type=cli.natural, default=0, metavar="N", help="learn the labels 1 to N")
-    group.add_argument("--class-names", nargs="+", metavar="NAME", help="names of the labels, in their order")
-    group.add_argument("--ignore-label", type=int, metavar="N", help="mask label that counts nowhere")
-    group.add_argument("--mask-threshold", type=float, metavar="T", help="mask values above it are the object")
-    group.add_argument(
-        "--preprocess", nargs="+", choices=("clahe", "denoise", "stretch"), default=[], help="steps before statistics"
-    )
 
 
 def add_network_args(parser: argparse.ArgumentParser) -> None:
@@ -188,25 +163,19 @@ def check_names(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
 
 def prepare_data(args: argparse.Namespace, run_dir: Path) -> Data:
     """Pair, scan and check the files; say what was found; stop on errors."""
-    import dataset
     import scan
 
-    options = dataset.FileOptions(tuple(args.add_dirs), args.roi_dir, args.ids, args.val_share, args.group_pattern)
-    train, val, note = dataset.find_splits(args.dataset, options, val_dir=args.val_dir, val_ids=args.val_ids)
-    checked = scan.check_dataset(
-        train, val, lambda counts: choose_classes(args, counts), steps=args.preprocess, progress=progress_bar
-    )
+    checked = scan.check_from_flags(args)
     for message in checked.warnings:
         print(f"warning: {message}")
     classes = checked.raise_errors()
-    root = train.folder.parent if train.folder.name == "train" else train.folder
-    statistics = scan.load_or_compute_statistics(root, run_dir, checked.train, args.preprocess)
-    print(f"{len(checked.train)} training and {len(checked.val)} validation images; {note}")
+    statistics = scan.load_or_compute_statistics(checked.root, run_dir, checked.train, args.preprocess)
+    print(f"{len(checked.train)} training and {len(checked.val)} validation images; {'; '.join(checked.notes)}")
     print(f"classes: {', '.join(classes.names)}; statistics: {statistics.source}")
     return Data(
         train=[item.pair for item in checked.train],
         val=[item.pair for item in checked.val],
-        val_name=val.name,
+        val_name=checked.val_name,
         classes=classes,
         present=[scan.classes_present(item, classes) for item in checked.train],
         pixels=scan.class_pixels(checked.train, classes),
@@ -215,30 +184,6 @@ def prepare_data(args: argparse.Namespace, run_dir: Path) -> Data:
         rgb=checked.train[0].channels == 3,
         dtype=checked.train[0].layers[0].dtype,
     )
-
-
-def progress_bar(items: Iterable[Any], total: int) -> Iterable[Any]:
-    """Show how far the check of the files is."""
-    from tqdm import tqdm
-
-    return tqdm(items, total=total, desc="checking files", leave=False, disable=None, unit="file")
-
-
-def choose_classes(args: argparse.Namespace, counts: Counter[int]) -> Any:
-    """Classes from the flags and the labels that occur; a choice that was made for the user is said."""
-    import scan
-
-    classes = scan.resolve_classes(
-        args.class_list,
-        counts,
-        names=args.class_names,
-        ignore_label=args.ignore_label,
-        mask_threshold=args.mask_threshold,
-        max_mask_val=args.max_mask_val,
-    )
-    if not (args.class_list or args.max_mask_val or args.mask_threshold is not None):
-        print(f"no --class-list: the masks hold 0 and {classes.labels[0]}, so {classes.labels[0]} is the object")
-    return classes
 
 
 def build_config(args: argparse.Namespace, data: Data, stride: int, min_side: int) -> Any:
