@@ -3,8 +3,10 @@
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -47,6 +49,15 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+class UsageError(ValueError):
+    """Flags that cannot be: unknown names, combinations, a device that is not there. Exit status 2."""
+
+
+def add_switch(group: argparse._ArgumentGroup, *names: str, default: bool = False, help: str) -> None:  # noqa: A002
+    """Add a flag --x with its opposite --no-x, so that a later word can take back an earlier one."""
+    group.add_argument(*names, action=argparse.BooleanOptionalAction, default=default, help=help)
+
+
 def add_run_args(parser: argparse.ArgumentParser, *, batch: int | None, workers: int = 2) -> None:
     """Add batch size, loader processes, seed and device."""
     group = parser.add_argument_group("run")
@@ -58,16 +69,18 @@ def add_run_args(parser: argparse.ArgumentParser, *, batch: int | None, workers:
     group.add_argument(
         "--device", default="auto", metavar="NAME", help="auto (cuda, then mps, then cpu), cpu, cuda, cuda:N or mps"
     )
-    group.add_argument("--cpu", action="store_true", help="the same as --device cpu")
+    add_switch(group, "--cpu", help="the same as --device cpu")
 
 
-def add_log_args(parser: argparse.ArgumentParser, *, exp_name: str) -> None:
-    """Add the place of run folders; exp_name tells what an empty name becomes."""
+def add_log_args(parser: argparse.ArgumentParser) -> None:
+    """Add the place of run folders and how their tables are written."""
     group = parser.add_argument_group("log")
     group.add_argument(
         "-log", "--log-dir", type=Path, default=Path("logs"), metavar="DIR", help="folder that holds the run folders"
     )
-    group.add_argument("--exp-name", default="", metavar="NAME", help=f"name of the run folder; empty: {exp_name}")
+    group.add_argument(
+        "--exp-name", default="", metavar="NAME", help="name of the run folder; empty: from the network and the data"
+    )
     group.add_argument("--decimal", choices=("comma", "dot"), default="comma", help="decimal sign in csv files")
 
 
@@ -160,42 +173,59 @@ def add_score_args(parser: argparse.ArgumentParser) -> None:
         default="skip",
         help="what an image or class without pixels in truth and prediction scores",
     )
+    add_switch(
+        group, "--baselines", help="also score all-foreground and Otsu's threshold on the same images (one class)"
+    )
     group.add_argument(
-        "--baselines",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="also score all-foreground and Otsu's threshold on the same images (one class only)",
+        "--worst", type=natural, default=4, metavar="N", help="images with the lowest IoU to show in TensorBoard"
     )
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse argv; flags of a --settings file are put before it, so the command line wins."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--settings", type=Path)
     path = finder.parse_known_args(words)[0].settings
-    return parser.parse_args(_settings_words(parser, path) + words if path else words)
+    return parser.parse_args(_settings_words(parser, path, words) + words if path else words)
 
 
-def _settings_words(parser: argparse.ArgumentParser, path: Path) -> list[str]:
+def _settings_words(parser: argparse.ArgumentParser, path: Path, given: Sequence[str]) -> list[str]:
+    """The flags of a settings file as words, without those that exclude a flag that was given."""
+    flags = _read_settings(parser, path)
+    actions = {option.lstrip("-"): action for action in parser._actions for option in action.option_strings}
+    actions |= {action.dest: action for action in parser._actions if action.option_strings}
+    used = {option for word in given for option in (word, word.split("=", 1)[0])}
+    excluded = {"settings", "help", "version"}
+    for group in parser._mutually_exclusive_groups:
+        if any(used.intersection(action.option_strings) for action in group._group_actions):
+            excluded |= {action.dest for action in group._group_actions}
+    words: list[str] = []
+    unknown = []
+    for name, value in flags.items():
+        key = str(name).lstrip("-")
+        action = actions.get(key) or actions.get(key.replace("-", "_"))
+        if action is None:
+            unknown.append(str(name))
+        elif action.dest not in excluded:
+            words += _flag_words(action, value)
+    if unknown:
+        sys.stderr.write(f"{path}: left out, for they are no flags of {parser.prog}: {' '.join(unknown)}\n")
+    return words
+
+
+def _read_settings(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
     try:
         flags = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         parser.error(f"--settings {path} cannot be read: {error.strerror}")
     except ValueError as error:
         parser.error(f"--settings {path} is not JSON: {error}")
+    if isinstance(flags, dict):
+        flags = flags.get("flags", flags)
     if not isinstance(flags, dict):
         parser.error(f"--settings {path} holds a {type(flags).__name__}; expected an object of flags")
-    flags = flags.get("flags", flags)
-    actions = {action.dest: action for action in parser._actions if action.option_strings}
-    words: list[str] = []
-    for name, value in flags.items():
-        action = actions.get(str(name).lstrip("-").replace("-", "_"))
-        if action is None:
-            print(f"{path}: {name} is not a flag of {parser.prog}, left out", file=sys.stderr)
-        elif action.dest not in ("settings", "help", "version"):
-            words += _flag_words(action, value)
-    return words
+    return flags
 
 
 def _flag_words(action: argparse.Action, value: Any) -> list[str]:
@@ -204,34 +234,48 @@ def _flag_words(action: argparse.Action, value: Any) -> list[str]:
         return []
     if isinstance(action, argparse.BooleanOptionalAction):
         return [next(o for o in action.option_strings if o.startswith("--no-") != bool(value))]
-    if action.nargs == 0:
-        return [option] if value else []
+    if isinstance(value, list) and action.nargs is None:
+        value = " ".join(map(str, value))
     if isinstance(value, list):
         return [option, *map(str, value)] if value else []
     return [f"{option}={value}"] if option.startswith("--") else [option, str(value)]
 
 
 @contextmanager
-def plain_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
-    """Turn errors about files, data and training into one message and exit status 1.
+def plain_errors(parser: argparse.ArgumentParser, *, interrupted: str = "") -> Iterator[None]:
+    """Turn errors about flags into exit status 2, about files, data and training into one message and status 1.
 
     With TESSERA_TRACEBACK=1 in the environment they are raised as they are.
+
+    Args:
+        interrupted: what to say after Ctrl-C, such as how to go on.
     """
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
         if os.environ.get("TESSERA_TRACEBACK") == "1":
             raise
-        parser.exit(1, f"{parser.prog}: error: {error}\n")
+        if isinstance(error, UsageError):
+            parser.error(str(error))
+        parser.exit(1, f"{parser.prog}: error: {plain_message(error)}\n")
     except KeyboardInterrupt:
-        parser.exit(130, f"{parser.prog}: interrupted; the same command goes on from the last finished epoch\n")
+        parser.exit(130, f"{parser.prog}: interrupted{interrupted and '; '}{interrupted}\n")
+
+
+def plain_message(error: BaseException) -> str:
+    """The message of an error; of one that PyTorch carried over from a loader process, its own words alone."""
+    text = str(error)
+    if text.startswith("Caught ") and "Original Traceback" in text:
+        last = list(re.finditer(r"^[\w.]*(?:Error|Exception)\w*: ", text, re.MULTILINE))
+        return text[last[-1].end() :].strip() if last else text
+    return text
 
 
 def pick_device(name: str, cpu: bool = False) -> str:
     """Turn --device into the name of a device that is there; only `auto` chooses.
 
     Raises:
-        ValueError: the device asked for is absent or unknown.
+        UsageError: the device asked for is absent or unknown.
     """
     import torch
 
@@ -243,12 +287,12 @@ def pick_device(name: str, cpu: bool = False) -> str:
         return "mps" if torch.backends.mps.is_available() else "cpu"
     kind, _, number = name.partition(":")
     if kind not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"--device {name} is unknown; expected auto, cpu, cuda, cuda:N or mps")
+        raise UsageError(f"--device {name} is unknown; expected auto, cpu, cuda, cuda:N or mps")
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
         found = torch.cuda.device_count()
-        raise ValueError(f"--device {name}: PyTorch sees {found} CUDA devices; use --device auto or --cpu")
+        raise UsageError(f"--device {name}: PyTorch sees {found} CUDA devices; use --device auto or --cpu")
     if kind == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("--device mps: PyTorch sees no Apple GPU; use --device auto or --cpu")
+        raise UsageError("--device mps: PyTorch sees no Apple GPU; use --device auto or --cpu")
     return name
 
 
@@ -304,9 +348,14 @@ def threshold(text: str) -> float | str:
     return text if text == "best" else share(text)
 
 
+def not_negative(text: str) -> float:
+    """Argparse type: a number of at least 0."""
+    return _number(text, float, 0, None)
+
+
 def positive_float(text: str) -> float:
     """Argparse type: a number above 0."""
-    value = _number(text, float, 0, None)
+    value = not_negative(text)
     if value == 0:
         raise argparse.ArgumentTypeError("expected a number above 0")
     return value
@@ -318,6 +367,6 @@ def _number(text: str, kind: type, low: float, high: float | None) -> Any:
         value = kind(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a {kind.__name__}") from None
-    if not low <= value <= (float("inf") if high is None else high):
+    if not (low <= value < math.inf and (high is None or value <= high)):
         raise argparse.ArgumentTypeError(f"{text} is out of range: expected a number {limits}")
     return value

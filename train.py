@@ -24,7 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_optimisation_args(parser)
     cli.add_run_args(parser, batch=6)
     cli.add_score_args(parser)
-    cli.add_log_args(parser, exp_name="<model>_<encoder>_<data set>")
+    cli.add_log_args(parser)
     return parser
 
 
@@ -71,7 +71,7 @@ def add_optimisation_args(parser: argparse.ArgumentParser) -> None:
     """Add the flags about loss, optimiser and schedule."""
     group = parser.add_argument_group("optimisation")
     group.add_argument(
-        "-e", "--epochs", type=cli.natural, default=50, metavar="N", help="epochs in all, also on resume"
+        "-e", "--epochs", type=cli.positive_int, default=50, metavar="N", help="epochs in all, also on resume"
     )
     group.add_argument("-lr", type=cli.positive_float, default=1e-3, metavar="X", help="highest learning rate")
     group.add_argument("--loss", default="DiceLoss", metavar="SUM", help='a loss or a sum such as "0.3*ce+0.7*dice"')
@@ -79,12 +79,14 @@ def add_optimisation_args(parser: argparse.ArgumentParser) -> None:
         "--class-weights", nargs="+", metavar="W", help="a number per class, or auto from the label counts"
     )
     group.add_argument("--optim", default="AdamW", metavar="NAME", help="AdamW, Adam or SGD")
-    group.add_argument("--weight-decay", type=float, default=1e-4, metavar="X", help="decay of weights, not of biases")
+    group.add_argument(
+        "--weight-decay", type=cli.not_negative, default=1e-4, metavar="X", help="decay of weights, not of biases"
+    )
     group.add_argument("--momentum", type=cli.share, default=0.9, metavar="X", help="momentum of SGD")
     group.add_argument(
         "-sc", "--scheduler", default="cosine", metavar="NAME", help="cosine, plateau, one-cycle or constant"
     )
-    group.add_argument("--warmup", type=float, default=0, metavar="N", help="epochs of rising learning rate")
+    group.add_argument("--warmup", type=cli.not_negative, default=0, metavar="N", help="epochs of rising learning rate")
     group.add_argument("--plateau-factor", type=cli.share, default=0.1, metavar="X", help="what plateau multiplies by")
     group.add_argument("--plateau-patience", type=cli.natural, default=10, metavar="N", help="epochs it waits")
     group.add_argument(
@@ -92,7 +94,9 @@ def add_optimisation_args(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--amp", choices=("no", "bf16", "fp16"), default="no", help="precision inside autocast")
     group.add_argument("--accumulate", type=cli.positive_int, default=1, metavar="N", help="batches for one step")
-    group.add_argument("--clip", type=float, default=0, metavar="X", help="largest gradient norm; 0: no limit")
+    group.add_argument(
+        "--clip", type=cli.not_negative, default=0, metavar="X", help="largest gradient norm; 0: no limit"
+    )
     group.add_argument(
         "--channels-last", action=argparse.BooleanOptionalAction, default=True, help="memory layout of tensors"
     )
@@ -100,7 +104,6 @@ def add_optimisation_args(parser: argparse.ArgumentParser) -> None:
         "--early-stop", type=cli.natural, default=0, metavar="N", help="end after N epochs without a best"
     )
     group.add_argument("--monitor", choices=("iou", "dice", "loss"), default="iou", help="what decides which is best")
-    group.add_argument("--worst", type=cli.natural, default=4, metavar="N", help="worst validation images to show")
 
 
 @dataclass(frozen=True)
@@ -123,11 +126,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check the data, train, print the score."""
     parser = build_parser()
     args = cli.parse(parser, argv)
-    if len(args.image_size) > 2:
-        parser.error(f"--image-size takes one number or two, found {len(args.image_size)}")
-    with cli.plain_errors(parser):
-        check_names(parser, args)
+    with cli.plain_errors(parser, interrupted="the same command goes on from the last finished epoch"):
+        check_flags(args)
         device = cli.pick_device(args.device, args.cpu)
+        if args.amp == "fp16" and device == "cpu":
+            raise cli.UsageError("--amp fp16 needs a GPU; use --amp bf16 or no on the cpu")
         print(f"device: {device}")
         run_dir = args.log_dir / (args.exp_name or default_name(args))
         data = prepare_data(args, run_dir)
@@ -140,8 +143,12 @@ def default_name(args: argparse.Namespace) -> str:
     return f"{args.model}_{args.encoder}_{root}".replace("/", "-").replace("+", "plus")
 
 
-def check_names(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse unknown names before any file is read; other spellings become the ones that are stored."""
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuse unknown names and numbers that cannot be, before any file of the data set is read.
+
+    Raises:
+        cli.UsageError: names the flag or what it may be.
+    """
     import torch
 
     import augmentations
@@ -149,16 +156,38 @@ def check_names(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     import model
     import optim
 
+    if len(args.image_size) > 2:
+        raise cli.UsageError(f"--image-size takes one number or two, found {len(args.image_size)}")
+    if args.plateau_factor >= 1:
+        raise cli.UsageError(f"--plateau-factor {args.plateau_factor:g} does not lower anything; expected less than 1")
+    for flag, path in (("--init-from", args.init_from), ("--encoder-weights", weights_file(args))):
+        if path and not path.is_file():
+            raise cli.UsageError(f"{flag} {path}: no such file")
+    class_weights(args)
     try:
-        args.model = model.resolve_architecture(args.model)
-        args.encoder = model.resolve_encoder(args.encoder, args.model)
         losses.build_loss(args.loss, num_logits=2)
         augmentations.Augmentation(args.augmentation, rgb=True, value_range=(0, 255))
         optim.check_names(args.optim, args.scheduler)
         with torch.device("meta"):
             model.build_model(args.model, args.encoder, in_channels=3, num_logits=1)
     except ValueError as error:
-        parser.error(str(error))
+        raise cli.UsageError(str(error)) from error
+
+
+def weights_file(args: argparse.Namespace) -> Path | None:
+    """The file that --encoder-weights names, if it names one."""
+    return None if args.encoder_weights.lower() in ("imagenet", "none") else Path(args.encoder_weights)
+
+
+def class_weights(args: argparse.Namespace) -> list[float] | None:
+    """The numbers of --class-weights, None for auto and without the flag."""
+    if args.class_weights in (None, ["auto"]):
+        return None
+    try:
+        return [float(word) for word in args.class_weights]
+    except ValueError:
+        found = " ".join(args.class_weights)
+        raise cli.UsageError(f"--class-weights {found!r}: expected a number for each class, or auto") from None
 
 
 def prepare_data(args: argparse.Namespace, run_dir: Path) -> Data:
@@ -266,7 +295,7 @@ def build_training_loss(args: argparse.Namespace, config: Any, pixels: Any) -> A
     if args.class_weights == ["auto"]:
         weights = torch.from_numpy(scan.balanced_weights(pixels))
     elif args.class_weights:
-        weights = torch.tensor([float(word) for word in args.class_weights])
+        weights = torch.tensor(class_weights(args))
     if weights is not None:
         shown = ", ".join(
             f"{name} {value:.3g}" for name, value in zip(config.class_names, weights.tolist(), strict=False)
@@ -324,26 +353,31 @@ def train(args: argparse.Namespace, data: Data, run_dir: Path, device: str, reco
     )
     options = fit_options(args)
     learner = trainer.build_learner(network, options, device=device, steps=-(-len(batches) // args.accumulate))
-    if trainer.resume(learner, run_dir / "last_checkpoint", config):
+    before = trainer.resume(learner, run_dir / "last_checkpoint", config)
+    if before:
         print(f"going on in {run_dir} after epoch {learner.progress.epoch}")
-        say_changed_flags(run_dir, record["flags"])
+        say_changes(run_dir, record["flags"], before, config)
     run = RunFolder(run_dir, epoch=learner.progress.epoch, val_names=[data.val_name], decimal=args.decimal)
     write_text(run_dir / "args.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     run.log_flags(record["flags"])
     val_set = EvaluationSet(data.val, data.classes, config)
     if trainer.is_finished(learner.progress, options):
-        print(f"the run is complete after epoch {learner.progress.epoch}; a larger --epochs goes on from there")
+        ended = "early stopping" if learner.progress.epoch < args.epochs else f"--epochs {args.epochs}"
+        print(f"the run is complete: {ended} ended it after epoch {learner.progress.epoch}")
     trainer.fit(learner, config, batches, {data.val_name: val_set}, loss, options, run, print)
     finish(args, run, val_set, learner, device)
 
 
-def say_changed_flags(run_dir: Path, flags: dict[str, Any]) -> None:
-    """Name the flags that differ from those the run was started with."""
+def say_changes(run_dir: Path, flags: dict[str, Any], saved: Any, config: Any) -> None:
+    """Name what differs from what the run was started with: flags, and the statistics of the training images."""
+    if (saved.mean, saved.std) != (config.mean, config.std):
+        print(f"warning: the training images changed since this run began: mean was {saved.mean}, is {config.mean}")
     path = run_dir / "args.json"
     if not path.is_file():
         return
     before = json.loads(path.read_text(encoding="utf-8"))["flags"]
     quiet = {"epochs", "workers", "log_dir", "exp_name", "baselines", "cpu", "device", "encoder_weights", "init_from"}
+    quiet |= {"decimal", "worst"}
     for name in sorted(flags.keys() & before.keys() - quiet):
         if flags[name] != before[name]:
             print(f"warning: {name} was {before[name]} when this run began, it goes on with {flags[name]}")

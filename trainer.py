@@ -23,6 +23,7 @@ from dataset import Batch, ClassMap, EvaluationSet, Pair, Sample, evaluation_loa
 from image_io import IGNORE_INDEX, resize_image
 from metrics import Scorer
 from optim import Schedule, ScheduleOptions, build_optimiser
+from outputs import decide
 from plots import sample_panel
 from run_folder import RunFolder
 from tiling import predict_tiled
@@ -590,10 +591,3 @@ def worst_panels(
         pred = decide(probs, threshold)
         panels.append(sample_panel(image, mask, pred, probs, config.class_names, title))
     return panels
-
-
-def decide(probs: np.ndarray, threshold: float = 0.5) -> np.ndarray:
-    """Class indices (H, W) uint8 from probabilities (K, H, W): p >= threshold for one class, else the largest."""
-    if probs.shape[0] == 1:
-        return (probs[0] >= np.float32(threshold)).astype(np.uint8)
-    return probs.argmax(axis=0).astype(np.uint8)
