@@ -12,14 +12,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from augmentations import Augmentation
 from checkpoint import ModelConfig
 from image_io import (
     IGNORE_INDEX,
@@ -35,6 +34,9 @@ from image_io import (
     resize_mask,
 )
 from tiling import reflect_index
+
+if TYPE_CHECKING:
+    from augmentations import Augmentation  # only training pays for its libraries
 
 MASK_DIRS = ("gt", "masks")
 SPLITS = ("train", "val", "test")
@@ -407,12 +409,12 @@ def read_layer(path: Path, steps: Sequence[str], *, extra: bool = False) -> tupl
         ImageError: unreadable, or an extra channel in colour.
     """
     image, valid = read_image(path), read_valid(path)
-    if extra:
+    if valid is not None:
+        image = np.where(valid[:, :, None], image, np.zeros((), image.dtype))
+    if extra and image.shape[2] > 1:
         if (image != image[:, :, :1]).any():
             raise ImageError(f"{path} has {image.shape[2]} channels that differ; expected one: save it as a grey image")
         image = image[:, :, :1]
-    if valid is not None:
-        image = np.where(valid[:, :, None], image, np.zeros((), image.dtype))
     return preprocess(image, steps), valid
 
 
@@ -577,7 +579,7 @@ class TrainingSet(Dataset[list[tuple[str, np.ndarray, np.ndarray]]]):
     """Augmented samples; an item is a tuple of slots of one image, so several crops cost one decode."""
 
     def __init__(
-        self, pairs: Sequence[Pair], classes: ClassMap, config: ModelConfig, augmentation: Augmentation
+        self, pairs: Sequence[Pair], classes: ClassMap, config: ModelConfig, augmentation: "Augmentation"
     ) -> None:
         self.pairs, self.classes, self.config, self.augmentation = list(pairs), classes, config, augmentation
 

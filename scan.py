@@ -376,10 +376,11 @@ def _some(values: Sequence[int]) -> str:
 
 def _ways(values: Sequence[int]) -> str:
     """Flags that choose among mask values, the likeliest first."""
-    each = f'--class-list "{" ".join(map(str, values))}" (or a part of it) for classes'
-    ways = [f"--max-mask-val {values[-1]} for all up to it"] if values[-1] <= MANY_CLASSES else []
-    ways += ["--class-list nonzero for instance maps", "--mask-threshold 127 for grey or JPEG masks"]
-    return ", ".join([each, *ways] if len(values) <= SHOWN else [*ways[::-1], '--class-list "..." for classes'])
+    flags = ["--class-list nonzero for instance maps", "--mask-threshold 127 for grey or JPEG masks"]
+    if len(values) <= SHOWN:
+        flags.insert(0, f"--max-mask-val {values[-1]} for all up to it")
+        flags.insert(0, f'--class-list "{_some(values)}" (or a part of it) for classes')
+    return ", ".join(flags)
 
 
 def _listed(class_list: str, ignore_label: int | None) -> tuple[int, ...]:

@@ -6,9 +6,7 @@ from pathlib import Path
 import cv2
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))  # so that discs.py is found from any folder
-from discs import write_dataset  # noqa: E402
+from discs import write_dataset
 
 
 @pytest.fixture(scope="session", autouse=True)
