@@ -84,16 +84,20 @@ def _predict_native(
 ) -> Iterator[np.ndarray]:
     geometry = config.geometry
     for sample in samples:
-        yield predict_tiled(
-            sample.tensor.numpy(),
-            forward,
-            tile=geometry.tile,
-            overlap=geometry.overlap,
-            halo=geometry.halo,
-            stride=config.stride,
-            min_side=config.min_side,
-            batch_size=batch,
-        )
+        try:
+            probs = predict_tiled(
+                sample.tensor.numpy(),
+                forward,
+                tile=geometry.tile,
+                overlap=geometry.overlap,
+                halo=geometry.halo,
+                stride=config.stride,
+                min_side=config.min_side,
+                batch_size=batch,
+            )
+        except RuntimeError as error:
+            raise RuntimeError(f"{sample.pair.image}: {error}") from error
+        yield probs
 
 
 @dataclass
