@@ -1,7 +1,9 @@
 """The run folder logs/<exp>/: metrics.jsonl, the csv of scores, learning curves, TensorBoard events."""
 
 import json
+import math
 import re
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from plots import learning_curves
 
 CSV_NAME = "_iou_per_epoch_val.csv"
 EVENT_WIDTH = 1200  # pixels
+CURVES_EVERY = 10  # seconds at least between two drawings, which cost a fifth of a second
 LEFTOVER = re.compile(r"\.[0-9a-f]{32}\.tmp")  # of image_io.atomic_write
 
 
@@ -34,6 +37,7 @@ class RunFolder:
         remove_leftovers(path)
         self.history = [row for row in read_history(path) if row["epoch"] <= epoch]
         self._write_tables()
+        self.drawn = -math.inf  # when the learning curves were drawn
         self.writer = SummaryWriter(str(path), purge_step=epoch + 1)
         self._layout()
 
@@ -56,7 +60,8 @@ class RunFolder:
         self._log_scalars(row)
         self.history.append(row)
         self._write_tables()
-        learning_curves(self.history, self.path)
+        if time.monotonic() - self.drawn > CURVES_EVERY:
+            self._draw_curves()
 
     def log_images(self, tag: str, panels: Sequence[np.ndarray], epoch: int) -> None:
         """Add pictures (H, W, 3) uint8 to TensorBoard, numbered under one tag."""
@@ -75,8 +80,14 @@ class RunFolder:
             self.writer._get_file_writer().add_summary(summary)
 
     def close(self) -> None:
-        """Write what is still in memory."""
+        """Write what is still in memory, and the curves up to the last epoch."""
+        if self.history:
+            self._draw_curves()
         self.writer.close()
+
+    def _draw_curves(self) -> None:
+        learning_curves(self.history, self.path)
+        self.drawn = time.monotonic()
 
     def _layout(self) -> None:
         charts = {
