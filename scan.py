@@ -32,6 +32,7 @@ CACHE_VERSION = 2
 MANY_LABELS = 4096  # of one mask; those beyond are counted under its largest label
 MANY_CLASSES = 250  # class indices are 8 bit, and some of them mean something else
 SHOWN = 20  # labels that a message lists
+SHOWN_ERRORS = 100  # that stop a training; the command that only checks lists more
 STATISTICS_FILE = "mean_vals.txt"
 
 
@@ -640,9 +641,11 @@ class Checked:
             DatasetError: the check found errors.
         """
         if self.errors or self.classes is None:
-            listed = "\n".join(f"  - {message}" for message in self.errors)
+            listed = [f"  - {message}" for message in self.errors[:SHOWN_ERRORS]]
+            if len(self.errors) > SHOWN_ERRORS:
+                listed.append("  - ... python -m dataset_utils.check lists them all")
             count = f"{len(self.errors)} error{'s' if len(self.errors) > 1 else ''}"
-            raise DatasetError(f"the data set has {count}:\n{listed}")
+            raise DatasetError("\n".join([f"the data set has {count}:", *listed]))
         return self.classes
 
 

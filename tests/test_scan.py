@@ -75,6 +75,15 @@ def test_all_findings_come_at_once(root):
         assert line.startswith(f"  - {words}"), line
 
 
+def test_very_many_findings_are_cut(root):
+    checked = look(root)
+    checked.errors = [f"{i}.png is bad" for i in range(300)]
+    with pytest.raises(DatasetError) as caught:
+        checked.raise_errors()
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "the data set has 300 errors:" and len(lines) == 102 and "dataset_utils.check" in lines[-1]
+
+
 def test_mask_without_image(root):
     write_mask(root / "train" / "gt" / "lost.png", np.zeros((4, 4), np.uint8))
     (error,) = look(root).errors
