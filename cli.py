@@ -36,7 +36,22 @@ class _VersionAction(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         facts = environment()
         lines = [f"tessera {facts.pop('tessera')}", *(f"{name} {value}" for name, value in facts.items())]
-        parser.exit(message="\n".join(lines) + "\n")
+        sys.stdout.write("\n".join(lines) + "\n")
+        parser.exit()
+
+
+class _SplitWords(argparse.Action):
+    """Takes a b and "a b" alike, as a list."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, " ".join(values).split())
+
+
+class _JoinWords(argparse.Action):
+    """Takes a b and "a b" alike, as one text."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, " ".join(values))
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -123,12 +138,19 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-val", "--val-dir", type=Path, metavar="DIR", help="validation split that lies elsewhere")
     group.add_argument("--val-ids", type=Path, metavar="CSV", help="validate on the images named in its column id")
     group.add_argument(
-        "--add-dirs", nargs="+", default=[], metavar="NAME", help="folders beside images/ with an extra channel each"
+        "--add-dirs",
+        nargs="+",
+        action=_SplitWords,
+        default=[],
+        metavar="NAME",
+        help="folders beside images/ with an extra channel each",
     )
     group.add_argument(
         "--class-list",
-        metavar="LABELS",
-        help='mask labels to learn, such as "64 128"; "nonzero": any other than 0; without it masks of 0 and x mean x',
+        nargs="+",
+        action=_JoinWords,
+        metavar="LABEL",
+        help="mask labels to learn, such as 64 128; nonzero: any other than 0; without it masks of 0 and x mean x",
     )
     group.add_argument("--max-mask-val", type=natural, default=0, metavar="N", help="learn the labels 1 to N")
     group.add_argument("--class-names", nargs="+", metavar="NAME", help="names of the labels, in their order")

@@ -8,7 +8,7 @@ from image_io import write_image, write_mask
 
 
 def draw_discs(seed, size=(32, 32), classes=1, channels=3, dtype=np.uint8):
-    """An image (H, W, C) of discs on noise and its class indices (H, W); each class is bright in a channel of its own."""
+    """An image (H, W, C) of discs on noise and its class indices (H, W); each class is bright in its own channel."""
     rng = np.random.default_rng(seed)
     height, width = size
     mask = np.zeros(size, np.uint8)

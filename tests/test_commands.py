@@ -174,6 +174,17 @@ def test_crops_network_counts_the_same_pixels(crops_run, colours, tmp_path):
         assert written.shape == read_mask(path).shape and set(np.unique(written)) <= {0, 10, 20, 30}
 
 
+def test_resized_odd_images_count_the_same_pixels(colours, tmp_path):
+    """Probabilities are resized back: counts are those of the original sizes, whatever the layout in training."""
+    more = ("--class-list", "10 20 30", "--loss", "0.5*ce+0.5*dice", "--no-channels-last")
+    run = run_train(colours, tmp_path / "logs", *more, epochs=1)
+    row = json.loads((run / "metrics.jsonl").read_text())["val"]["colours"]
+    run_validate("-d", colours / "val", "-cd", run, "-o", tmp_path / "out")
+    summary = json.loads((tmp_path / "out" / "_metrics.json").read_text())
+    assert {item["name"]: item["iou"] for item in summary["per_class"]} == row["classes"]
+    assert summary["pixels"] == 33 * 47 + 40 * 32 + 64 * 51
+
+
 def test_dataset_and_checkpoint_as_the_predecessor_wrote_them(trained, discs, capsys, monkeypatch):
     """`-d val -cd ckpt` from inside the data set; outputs go beside the checkpoint."""
     monkeypatch.chdir(discs)
