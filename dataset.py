@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 MASK_DIRS = ("gt", "masks")
 SPLITS = ("train", "val", "test")
 UNLISTED = 254  # marks a mask value that no class takes, while a mask is turned into class indices
+BATCH_IMAGES = 4  # different images that a batch of crops holds, where there are so many
 MAX_LABEL = 65535  # of labels that can be named; larger values in a uint32 map are objects or background
 
 
@@ -459,34 +460,46 @@ def _size(image: np.ndarray) -> str:
     return f"{image.shape[0]}x{image.shape[1]}"
 
 
-def load_mask(pair: Pair, classes: ClassMap, valid: np.ndarray | None = None) -> np.ndarray:
-    """Class indices (H, W) uint8 of a pair, 255 outside its region of interest and where the image has no data."""
+def load_region(pair: Pair, valid: np.ndarray | None = None) -> np.ndarray | None:
+    """Where pixels of a pair count, (H, W) bool: inside its region of interest and where the image has data.
+
+    None: everywhere.
+    """
+    inside = read_mask(pair.roi) != 0 if pair.roi else None
+    if inside is not None and valid is not None and inside.shape != valid.shape:
+        raise ImageError(f"{pair.roi} is {_size(inside)}, its image {pair.image} is {_size(valid)}; sizes must agree")
+    return both_hold(inside, valid)
+
+
+def load_mask(pair: Pair, classes: ClassMap, region: np.ndarray | None) -> np.ndarray:
+    """Class indices (H, W) uint8 of a pair, 255 outside `region`, see load_region."""
     if pair.mask is None:
         raise DatasetError(f"{pair.image} has no mask; expected one of its name in gt/ or masks/")
     mask = classes.encode(read_mask(pair.mask), pair.mask)
-    if pair.roi:
-        inside = read_mask(pair.roi)
-        if inside.shape != mask.shape:
-            raise ImageError(f"{pair.roi} is {_size(inside)}, its mask {pair.mask} is {_size(mask)}; sizes must agree")
-        mask[inside == 0] = IGNORE_INDEX
-    if valid is not None and valid.shape == mask.shape:
-        mask[~valid] = IGNORE_INDEX
+    if region is not None:
+        if region.shape != mask.shape:
+            raise ImageError(
+                f"{pair.roi or pair.image} is {_size(region)}, its mask {pair.mask} is {_size(mask)}; sizes must agree"
+            )
+        mask[~region] = IGNORE_INDEX
     return mask
 
 
-def load_pair(pair: Pair, classes: ClassMap, config: ModelConfig) -> tuple[np.ndarray, np.ndarray | None]:
-    """The image (H, W, C) as the network's channels, and its class indices (H, W) uint8 if it has a mask.
+def load_pair(
+    pair: Pair, classes: ClassMap, config: ModelConfig
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """The image (H, W, C) as the network's channels, its class indices (H, W) uint8 if it has a mask, and its region.
 
     Raises:
-        ImageError: see load_image and load_mask; also image and mask of two sizes.
+        ImageError: see load_image and load_mask; also files of one pair in two sizes.
     """
     image, valid = load_image(pair, config.channels, config.preprocess)
-    if pair.mask is None:
-        return image, None
-    mask = load_mask(pair, classes, valid)
-    if image.shape[:2] != mask.shape:
-        raise ImageError(f"mask {pair.mask} is {_size(mask)}, its image {pair.image} is {_size(image)}")
-    return image, mask
+    region = load_region(pair, valid)
+    mask = load_mask(pair, classes, region) if pair.mask else None
+    for path, part in ((pair.mask, mask), (pair.roi, region)):
+        if part is not None and part.shape != image.shape[:2]:
+            raise ImageError(f"{path} is {_size(part)}, its image {pair.image} is {_size(image)}; sizes must agree")
+    return image, mask, region
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -504,6 +517,9 @@ class Slot:
 
 class EpochSampler(Sampler[list[tuple[Slot, ...]]]):
     """Batches of slots; slots of one image in one batch stay together, so the image is decoded once for them.
+
+    A batch mixes at least BATCH_IMAGES images where it can: an image with more crops than its part of a batch comes
+    back in a later batch and is decoded again there.
 
     Args:
         present: for each image the class indices that a forced crop may be asked to hold.
@@ -531,10 +547,13 @@ class EpochSampler(Sampler[list[tuple[Slot, ...]]]):
         return -(-self.samples // self.batch)
 
     def slots(self) -> list[Slot]:
-        """The slots of the epoch in order; those of one image follow each other."""
+        """The slots of the epoch in order; those of one image and one part follow each other."""
         rng = np.random.default_rng([self.seed, self.epoch])
-        order = rng.permutation(len(self.present)).tolist()
-        images = [index for index in order for _ in range(self.crops)]
+        part = min(self.crops, max(1, self.batch // BATCH_IMAGES))
+        images: list[int] = []
+        for start in range(0, self.crops, part):
+            for index in rng.permutation(len(self.present)).tolist():
+                images += [index] * min(part, self.crops - start)
         seeds = rng.integers(0, 2**31, self.samples).tolist()
         forced = self._forced(images, rng)
         slots = []
@@ -589,7 +608,7 @@ class TrainingSet(Dataset[list[tuple[str, np.ndarray, np.ndarray]]]):
     def __getitem__(self, slots: tuple[Slot, ...]) -> list[tuple[str, np.ndarray, np.ndarray]]:
         """Samples (name, tensor (C, H, W) float32, mask (H, W) uint8), one for each slot."""
         pair = self.pairs[slots[0].image]
-        image, mask = load_pair(pair, self.classes, self.config)
+        image, mask, _ = load_pair(pair, self.classes, self.config)
         if mask is None:
             raise DatasetError(f"{pair.image} has no mask; expected one of its name in gt/ or masks/")
         take = self._crop if self.config.geometry.kind == "crops" else self._resized
@@ -688,6 +707,7 @@ class Sample:
 
     tensor: (C, h, w) float32, normalised; resized to the network's size in the resize geometry.
     mask: (H, W) uint8 at the original size, or None.
+    region: (H, W) bool, where pixels count; None: everywhere.
     image: (H, W, C) as on disk if it was asked for.
     """
 
@@ -695,6 +715,7 @@ class Sample:
     size: tuple[int, int]
     tensor: torch.Tensor
     mask: torch.Tensor | None
+    region: torch.Tensor | None = None
     image: torch.Tensor | None = None
 
 
@@ -711,13 +732,14 @@ class EvaluationSet(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         pair, geometry = self.pairs[index], self.config.geometry
-        image, mask = load_pair(pair, self.classes, self.config)
+        image, mask, region = load_pair(pair, self.classes, self.config)
         pixels = resize_image(image, geometry.size) if geometry.kind == "resize" else image
         return Sample(
             pair,
             image.shape[:2],
             torch.from_numpy(normalise(pixels, self.config.mean, self.config.std)),
             None if mask is None else torch.from_numpy(mask),
+            None if region is None else torch.from_numpy(region),
             torch.from_numpy(image) if self.with_images else None,
         )
 

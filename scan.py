@@ -340,7 +340,7 @@ def resolve_classes(options: ClassOptions, counts: Counter[int]) -> ClassMap:
     if len(labels) > MANY_CLASSES:
         raise DatasetError(f"{len(labels)} labels to learn, at most {MANY_CLASSES} are possible")
     implicit = [] if 0 in labels else ["background"]
-    classes = [*implicit, *(map(str, labels) if labels else ["object"])]
+    classes = [*implicit, *(map(str, labels) if len(labels) > 1 or not implicit else ["object"])]
     if len(classes) < 2:
         raise DatasetError("--class-list 0 alone leaves nothing to tell it from; add the labels of the other classes")
     if options.names:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from backends import Forward, out_of_memory, torch_forward
 from checkpoint import ModelConfig, load_checkpoint, save_checkpoint
-from dataset import Batch, ClassMap, EvaluationSet, Pair, Sample, evaluation_loader, load_image, load_mask
+from dataset import Batch, ClassMap, EvaluationSet, Pair, Sample, evaluation_loader, load_image, load_mask, load_region
 from image_io import IGNORE_INDEX, resize_image
 from metrics import Scorer
 from optim import Schedule, ScheduleOptions, build_optimiser
@@ -57,7 +57,7 @@ def predict_samples(
     """Predict whole images in order, as the geometry of the checkpoint says.
 
     `resize`: probabilities are resized back to the image's size. `crops`: native scale, in tiles where the image is
-    larger than one.
+    larger than one. Outside the region where pixels count everything is background.
     """
     config = data.config
     loader = evaluation_loader(data, batch, workers)
@@ -66,8 +66,24 @@ def predict_samples(
             predict = _predict_resized if config.geometry.kind == "resize" else _predict_native
             for sample, probs in zip(samples, predict(forward, samples, config, batch), strict=True):
                 mask = None if sample.mask is None else sample.mask.numpy()
+                if sample.region is not None:
+                    clear_outside(probs, sample.region.numpy(), has_background=0 not in config.labels)
                 yield Prediction(sample, probs, mask)
             bar.update(len(samples))
+
+
+def clear_outside(probs: np.ndarray, region: np.ndarray, *, has_background: bool) -> None:
+    """Make background, in place, of what lies outside the region where pixels count; nothing is learned there.
+
+    Args:
+        probs: (K, H, W). region: (H, W) bool. has_background: class 0 of several is the background; without one
+            the probabilities stay.
+    """
+    if probs.shape[0] == 1:
+        probs[:, ~region] = 0
+    elif has_background:
+        probs[:, ~region] = 0
+        probs[0, ~region] = 1
 
 
 def _predict_resized(
@@ -173,7 +189,7 @@ def score_baselines(data: EvaluationSet, *, empty: str) -> dict[str, dict[str, A
         if pair.mask is None:
             continue
         image, valid = load_image(pair, config.channels, ())
-        mask, grey = load_mask(pair, classes, valid), image[:, :, :3].mean(axis=2)
+        mask, grey = load_mask(pair, classes, load_region(pair, valid)), image[:, :, :3].mean(axis=2)
         bright = grey > otsu_threshold(grey)
         scorers["all foreground"].update_pred(pair.name, np.ones_like(mask), mask)
         counted = mask != IGNORE_INDEX

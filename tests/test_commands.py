@@ -92,7 +92,7 @@ def test_run_folder_has_the_files_of_the_predecessor(trained):
 def test_checkpoints_are_plain_and_describe_the_network(trained, discs):
     config, saved = load_checkpoint(trained / "last_checkpoint")
     assert (config.architecture, config.encoder, config.labels) == ("plain-unet", "plain-8", (255,))
-    assert config.class_names == ("background", "255") and config.channels == ("red", "green", "blue")
+    assert config.class_names == ("background", "object") and config.channels == ("red", "green", "blue")
     assert config.geometry.kind == "resize" and config.geometry.size == (32, 32)
     assert saved["epoch"] == 2 and saved["optimizer_name"] == "AdamW"
     assert {"optimizer_state_dict", "scheduler_state_dict", "scaler_state_dict", "rng"} <= saved.keys()

@@ -33,6 +33,7 @@ from dataset import (
     list_pairs,
     load_image,
     load_mask,
+    load_region,
     read_ids,
     share_by_name,
     split_folder,
@@ -40,7 +41,7 @@ from dataset import (
 )
 from image_io import IGNORE_INDEX, ImageError, write_image, write_mask
 
-BINARY = ClassMap((255,), ("background", "255"))
+BINARY = ClassMap((255,), ("background", "object"))
 ANYWHERE = Path("somewhere.png")
 
 
@@ -49,7 +50,7 @@ def make_config(**changes):
         "architecture": "plain-unet",
         "encoder": "plain-8",
         "labels": (255,),
-        "class_names": ("background", "255"),
+        "class_names": ("background", "object"),
         "channels": ("red", "green", "blue"),
         "mean": (100.0, 100.0, 100.0),
         "std": (50.0, 50.0, 50.0),
@@ -204,7 +205,7 @@ def test_path_with_cyrillic_letters_and_spaces_works(tmp_path):
     listing = list_pairs(folder)
     assert listing.errors == [] and names_of(listing) == ["b", "пузырь й 1"]
     image, _ = load_image(listing.pairs[1], (), ())
-    assert image.shape == (8, 8, 3) and load_mask(listing.pairs[1], BINARY).sum() == 1
+    assert image.shape == (8, 8, 3) and load_mask(listing.pairs[1], BINARY, load_region(listing.pairs[1])).sum() == 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -394,14 +395,14 @@ def test_pixels_without_data_and_outside_the_region_are_ignored(tmp_path):
     pair = Pair("a", tmp_path / "a.tif", tmp_path / "mask.png", (tmp_path / "b.tif",), tmp_path / "roi.png")
     image, valid = load_image(pair, (), ())
     assert np.isfinite(image).all() and image[0, 0, 0] == 0 and image[1, 1, 1] == 0
-    mask = load_mask(pair, BINARY, valid)
+    mask = load_mask(pair, BINARY, load_region(pair, valid))
     expected = np.ones((4, 4), np.uint8)
     expected[0, 0] = expected[1, 1] = IGNORE_INDEX
     expected[3] = IGNORE_INDEX
     assert np.array_equal(mask, expected)
     write_mask(tmp_path / "roi.png", roi[:3])
-    with pytest.raises(ImageError, match=r"roi.png is 3x4, its mask .*mask.png is 4x4"):
-        load_mask(pair, BINARY, valid)
+    with pytest.raises(ImageError, match=r"roi.png is 3x4, its image .*a.tif is 4x4"):
+        load_mask(pair, BINARY, load_region(pair, valid))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -591,7 +592,7 @@ def test_evaluation_reads_whole_images_in_order(tiny_dataset):
         assert np.array_equal(sample.image.numpy(), image) and sample.size == (32, 32)
         expected = (image.astype(np.float32) - 100) / 50
         np.testing.assert_allclose(sample.tensor.numpy(), expected.transpose(2, 0, 1), atol=1e-5)
-        assert np.array_equal(sample.mask.numpy(), load_mask(sample.pair, BINARY))
+        assert np.array_equal(sample.mask.numpy(), load_mask(sample.pair, BINARY, load_region(sample.pair)))
     resized = EvaluationSet(pairs, BINARY, make_config(geometry=Geometry("resize", (16, 24))))
     groups = list(evaluation_loader(resized, batch=3, workers=0))
     assert [len(group) for group in groups] == [3, 1]

@@ -17,7 +17,7 @@ import image_io
 import scan
 import train
 from checkpoint import Geometry, ModelConfig
-from dataset import ClassMap, DatasetError, FileOptions, find_splits, list_pairs, load_image, load_mask
+from dataset import ClassMap, DatasetError, FileOptions, find_splits, list_pairs, load_image, load_mask, load_region
 from dataset_utils import check
 from image_io import preprocess, read_image, write_image, write_mask
 from scan import ClassOptions, check_dataset, resolve_classes, scan_pairs
@@ -45,7 +45,7 @@ def replace_mask(path, change):
 def test_a_sound_data_set_has_no_findings(root):
     checked = look(root)
     assert checked.errors == [] and checked.warnings == [] and checked.root == root and checked.val_name == "discs"
-    assert checked.raise_errors() == ClassMap((255,), ("background", "255"))
+    assert checked.raise_errors() == ClassMap((255,), ("background", "object"))
     assert checked.notes == ["no --class-list: the masks hold 0 and 255, so 255 is the object"]
 
 
@@ -140,7 +140,7 @@ def test_a_rotated_image_with_an_unrotated_mask_is_refused(root):
     assert look(root).errors == []
     pair = list_pairs(root / "train").pairs[0]
     assert load_image(pair, (), ())[0].shape == (24, 40, 3)
-    mask = load_mask(pair, ClassMap((255,), ("background", "255")))
+    mask = load_mask(pair, ClassMap((255,), ("background", "object")), load_region(pair))
     assert mask[:5].all() and not mask[5:].any(), "image and mask are turned alike"
 
 
@@ -175,7 +175,7 @@ def make_counts(*labels):
 
 
 def test_masks_of_zero_and_x_mean_x():
-    assert resolve_classes(ClassOptions(), make_counts(0, 64)) == ClassMap((64,), ("background", "64"))
+    assert resolve_classes(ClassOptions(), make_counts(0, 64)) == ClassMap((64,), ("background", "object"))
     assert resolve_classes(ClassOptions(ignore_label=255), make_counts(0, 1, 255)).labels == (1,)
     big = resolve_classes(ClassOptions(), make_counts(0, 70_000))
     assert big.labels == () and big.names == ("background", "object")
@@ -292,7 +292,7 @@ def test_present_classes_and_pixels_against_the_masks(root):
     ):
         checked = look(root, **options)
         classes = checked.raise_errors()
-        encoded = np.stack([load_mask(item.pair, classes) for item in checked.train])
+        encoded = np.stack([load_mask(item.pair, classes, load_region(item.pair)) for item in checked.train])
         expected = np.bincount(encoded.ravel(), minlength=256)[: len(classes.names)]
         assert scan.class_pixels(checked.train, classes).tolist() == expected.tolist()
         for item, mask in zip(checked.train, encoded, strict=True):
@@ -450,7 +450,7 @@ def test_images_unlike_those_of_the_training_are_said(root):
         "architecture": "plain-unet",
         "encoder": "plain-8",
         "labels": (255,),
-        "class_names": ("background", "255"),
+        "class_names": ("background", "object"),
         "channels": ("red", "green", "blue"),
         "geometry": Geometry("resize", (32, 32)),
     }
@@ -545,7 +545,7 @@ def test_the_command_prints_findings_and_tables(root, capsys):
     )
     masks = np.stack([image_io.read_mask(path) for path in (root / "train" / "gt").iterdir()])
     share = f"{100 * (masks == 255).mean():.3g} %"
-    assert any(line.split()[:4] == ["255", "255", *share.split()] for line in out.splitlines()), out
+    assert any(line.split()[:4] == ["255", "object", *share.split()] for line in out.splitlines()), out
 
 
 def test_the_command_fails_on_errors(root, capsys):
