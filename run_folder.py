@@ -106,7 +106,7 @@ class RunFolder:
             write(f"{name} loss", _number(scores["loss"]), epoch)
             write(f"{name} dice", _number(scores["dice"]), epoch)
             for class_name, value in scores["classes"].items():
-                write(f"{name} iou by class/{class_name}", _number(value), epoch)
+                write(f"{name} class iou/{class_name}", _number(value), epoch)
         write("Time/seconds an epoch", row["seconds"], epoch)
         self.writer.flush()
 

@@ -314,7 +314,7 @@ def log_tensorboard(args: argparse.Namespace, folder: Path, summary: dict[str, A
                 writer.add_scalar(f"validate/{key}", summary[key])
         for row in summary["per_class"]:
             if row["iou"] is not None:
-                writer.add_scalar(f"validate iou by class/{row['name']}", row["iou"])
+                writer.add_scalar(f"validate class iou/{row['name']}", row["iou"])
         for row in summary["sweep"]:
             writer.add_scalar("validate/iou by threshold in percent", row["iou"] or 0.0, round(100 * row["threshold"]))
         for place, panel in enumerate(panels):
