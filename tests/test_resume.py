@@ -224,7 +224,7 @@ def test_a_complete_run_says_so(data, tmp_path, capsys):
         (["--encoder", "plain-12"], "encoder plain-8", "plain-12"),
         (["--class-list", "7"], "labels (255,)", "(7,)"),
         (["--class-list", "7 255"], "labels (255,)", "(7, 255)"),
-        (["--class-names", "stone"], "class_names ('background', '255')", "('background', 'stone')"),
+        (["--class-names", "stone"], "class_names ('background', 'object')", "('background', 'stone')"),
         (["--image-size", "48"], "geometry", "48"),
         (["--crops", "2"], "resize", "crops"),
         (["--optim", "SGD"], "--optim AdamW", "SGD"),
