@@ -14,26 +14,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from checkpoint import ModelConfig
-from dataset import (
-    MAX_LABEL,
-    ClassMap,
-    DatasetError,
-    FileOptions,
-    Listing,
-    Pair,
-    both_hold,
-    find_splits,
-    read_layer,
-)
+from classes import SHOWN, ClassMap, ClassOptions, list_labels, resolve_classes
+from dataset import both_hold, read_layer
 from image_io import ImageError, read_mask, read_orientation, write_text
+from pairing import DatasetError, FileOptions, Listing, Pair, find_splits
 
 CACHE_VERSION = 2
 MANY_LABELS = 4096  # of one mask; those beyond are counted under its largest label
-MANY_CLASSES = 250  # class indices are 8 bit, and some of them mean something else
-SHOWN = 20  # labels that a message lists
 SHOWN_ERRORS = 100  # that stop a training; the command that only checks lists more
-STATISTICS_FILE = "mean_vals.txt"
 
 
 @dataclass
@@ -84,16 +72,6 @@ class PairFacts:
     def has_data(self) -> bool:
         """Whether every layer was read and has a pixel that counts."""
         return all(layer.pixels for layer in self.layers)
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """Mean and standard deviation per channel in network order and raw units, and the range of the values."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    value_range: tuple[tuple[float, ...], tuple[float, ...]]
-    source: str
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -310,94 +288,6 @@ def _mixed(found: Sequence[tuple[Path, str]], what: str) -> list[str]:
 # Classes
 
 
-@dataclass(frozen=True)
-class ClassOptions:
-    """Which mask values are learned.
-
-    labels: such as "64 128", or "nonzero", or None: masks of 0 and x mean x. max_mask_val: learn 1 to N instead.
-    mask_threshold: values above it are the object instead. ignore_label: a value that counts nowhere.
-    """
-
-    labels: str | None = None
-    names: tuple[str, ...] = ()
-    ignore_label: int | None = None
-    mask_threshold: float | None = None
-    max_mask_val: int = 0
-
-
-def resolve_classes(options: ClassOptions, counts: Counter[int]) -> ClassMap:
-    """Turn options into a ClassMap.
-
-    Args:
-        counts: pixels of each value in the training masks.
-
-    Raises:
-        DatasetError: labels that cannot be, a list that is needed, or names that do not fit.
-    """
-    if options.ignore_label is not None and not 0 <= options.ignore_label <= MAX_LABEL:
-        raise DatasetError(f"--ignore-label {options.ignore_label} is out of range, expected 0 to {MAX_LABEL}")
-    labels = _labels(options, counts)
-    if len(labels) > MANY_CLASSES:
-        raise DatasetError(f"{len(labels)} labels to learn, at most {MANY_CLASSES} are possible")
-    implicit = [] if 0 in labels else ["background"]
-    classes = [*implicit, *(map(str, labels) if len(labels) > 1 or not implicit else ["object"])]
-    if len(classes) < 2:
-        raise DatasetError("--class-list 0 alone leaves nothing to tell it from; add the labels of the other classes")
-    if options.names:
-        given = [*options.names] if len(options.names) == len(classes) else [*implicit, *options.names]
-        if len(given) != len(classes) or len(set(given)) != len(given):
-            expected = len(classes) - len(implicit)
-            raise DatasetError(f"--class-names {' '.join(options.names)}: expected {expected} different names")
-        classes = given
-    limit = 0 if options.mask_threshold is not None else options.max_mask_val
-    return ClassMap(labels, tuple(classes), options.ignore_label, options.mask_threshold, limit)
-
-
-def _labels(options: ClassOptions, counts: Counter[int]) -> tuple[int, ...]:
-    ignored = options.ignore_label
-    if options.mask_threshold is not None:
-        return ()
-    if options.max_mask_val:
-        return tuple(label for label in range(1, options.max_mask_val + 1) if label != ignored)
-    if options.labels == "nonzero":
-        return ()
-    if options.labels:
-        return _listed(options.labels, ignored)
-    values = sorted(value for value in counts if value not in (0, ignored))
-    if len(values) == 1:
-        return (values[0],) if values[0] <= MAX_LABEL else ()
-    if not values:
-        raise DatasetError("every mask is empty (only label 0): there is nothing to learn; check the masks in gt/")
-    raise DatasetError(f"the masks hold the labels 0 {_some(values)}, which needs a choice: {_ways(values)}")
-
-
-def _some(values: Sequence[int]) -> str:
-    return " ".join(map(str, values[:SHOWN])) + (f" ... {values[-1]}" if len(values) > SHOWN else "")
-
-
-def _ways(values: Sequence[int]) -> str:
-    """Flags that choose among mask values, the likeliest first."""
-    flags = ["--class-list nonzero for instance maps", "--mask-threshold 127 for grey or JPEG masks"]
-    if len(values) <= SHOWN:
-        flags.insert(0, f"--max-mask-val {values[-1]} for all up to it")
-        flags.insert(0, f'--class-list "{_some(values)}" (or a part of it) for classes')
-    return ", ".join(flags)
-
-
-def _listed(class_list: str, ignore_label: int | None) -> tuple[int, ...]:
-    try:
-        labels = tuple(int(word) for word in class_list.replace(",", " ").split())
-    except ValueError:
-        raise DatasetError(f'--class-list {class_list!r} must be labels such as "64 128", or nonzero') from None
-    wrong = [label for label in labels if not 0 <= label <= MAX_LABEL]
-    if wrong or not labels:
-        found = f"label {wrong[0]} out of range" if wrong else "no label in it"
-        raise DatasetError(f"--class-list {class_list!r}: {found}, expected 0 to {MAX_LABEL}")
-    if len(set(labels)) != len(labels) or ignore_label in labels:
-        raise DatasetError(f"--class-list {class_list!r} names a label twice, or the one of --ignore-label")
-    return labels
-
-
 def label_counts(facts: Sequence[PairFacts]) -> Counter[int]:
     """Pixels of each mask value over all masks, inside the regions of interest and where images have data."""
     counts: Counter[int] = Counter()
@@ -421,8 +311,8 @@ def find_label_problems(
     warnings: list[str] = []
     values = sorted(value for value in counts if value != classes.ignore_label)
     if not any(classes_present(item, classes) for item in facts):
-        wanted = f"any of the labels {_some(classes.labels)}" if classes.labels else "a pixel of the object"
-        message = f"{split}: no mask holds {wanted}; the masks hold {_some(values) or 'nothing that counts'}"
+        wanted = f"any of the labels {list_labels(classes.labels)}" if classes.labels else "a pixel of the object"
+        message = f"{split}: no mask holds {wanted}; the masks hold {list_labels(values) or 'nothing that counts'}"
         (errors if learns or values not in ([], [0]) else warnings).append(message)
     elif absent := [label for label in classes.labels if not counts[label]]:
         warnings.append(f"{split}: the labels {absent} never occur in a mask")
@@ -431,7 +321,7 @@ def find_label_problems(
         return errors, warnings
     everything = sorted({*classes.labels, *unlisted})
     listed = f'to learn them: --class-list "{" ".join(map(str, everything))}"' if len(everything) <= 3 * SHOWN else ""
-    note = f"{split}: the masks also hold the labels {_some(unlisted)}, first in {_first_with(facts, unlisted)}"
+    note = f"{split}: the masks also hold the labels {list_labels(unlisted)}, first in {_first_with(facts, unlisted)}"
     if not classes.has_background:
         errors.append(f"{note}; {listed}, or --ignore-label for one: a list with 0 has no background to put them in")
     elif 0 < classes.max_mask_val < unlisted[-1]:
@@ -473,145 +363,6 @@ def balanced_weights(pixels: np.ndarray) -> np.ndarray:
     weights = np.zeros(len(pixels), np.float32)
     weights[occurs] = pixels.sum() / (occurs.sum() * pixels[occurs])
     return weights
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Statistics
-
-
-def statistics(facts: Sequence[PairFacts]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation per channel over all pixels with data, (C,) float64, in network order.
-
-    Raises:
-        DatasetError: there is no such pixel.
-    """
-    whole = [item.layers for item in facts if item.has_data]
-    if not whole:
-        raise DatasetError("no image has a pixel with data, so there are no statistics; check the nodata values")
-    pixels = np.array([[layer.pixels for layer in layers for _ in layer.means] for layers in whole])  # (I, C)
-    means = np.array([[mean for layer in layers for mean in layer.means] for layers in whole])
-    spreads = np.array([[spread for layer in layers for spread in layer.spreads] for layers in whole])
-    total = pixels.sum(axis=0)
-    mean = (pixels * means).sum(axis=0) / total
-    return mean, np.sqrt((spreads + pixels * (means - mean) ** 2).sum(axis=0) / total)
-
-
-def value_range(facts: Sequence[PairFacts]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Lowest and highest value of each channel: 0 and 255 for 8 bit, else from 0 (or less) to what the files hold."""
-    low: list[float] = []
-    high: list[float] = []
-    for place, first in enumerate(facts[0].layers):
-        layers = [item.layers[place] for item in facts if item.layers[place].pixels]
-        eight_bit = all(layer.dtype == "uint8" for layer in layers)
-        least, most = min(layer.low for layer in layers), max(layer.high for layer in layers)
-        low += [0.0 if eight_bit else min(0.0, least)] * first.channels
-        high += [255.0 if eight_bit else most if most > min(0.0, least) else least + 1.0] * first.channels
-    return tuple(low), tuple(high)
-
-
-def digest(facts: Sequence[PairFacts], steps: Sequence[str]) -> str:
-    """Short name of what statistics were computed from: folders, file names and sizes of the fold, preprocessing."""
-    paths = [path for item in facts for path in item.pair.layers]
-    words = [f"{path.parent.name}/{path.name}:{path.stat().st_size}" for path in paths]
-    return hashlib.sha256("|".join([*sorted(words), *steps]).encode()).hexdigest()[:16]
-
-
-def load_or_compute_statistics(
-    root: Path, run_dir: Path, facts: Sequence[PairFacts], steps: Sequence[str]
-) -> Statistics:
-    """Statistics of the training split, from <root>/mean_vals.txt if it belongs to these files, else computed.
-
-    The file holds two lines of numbers, mean and std, in the order B G R extras when the images are RGB, then a
-    comment with the digest. One without a digest was given by the user and is taken as it is. A file that belongs to
-    other data is left alone: the statistics then go into the run folder, as they do when `root` cannot be written.
-
-    Raises:
-        DatasetError: a file that is there is not what it should be, or no pixel has data.
-    """
-    mark, extent = digest(facts, steps), value_range(facts)
-    order = _file_order(facts)
-    own, other = run_dir / STATISTICS_FILE, root / STATISTICS_FILE
-    for place in (other, own):
-        if place.is_file():
-            mean, std, found = read_statistics(place)
-            if len(mean) == len(order) and found in (mark, None):
-                source = f"{place}" + ("" if found else " (no digest in it, taken as given)")
-                return Statistics(tuple(mean[order].tolist()), tuple(std[order].tolist()), extent, source)
-    mean, std = statistics(facts)
-    text = _statistics_text(mean[order], std[order], mark, steps)
-    target = own if other.exists() else _write_first(text, other, own)
-    if target == own:
-        write_text(own, text)
-    mean, std, _ = read_statistics(target)  # with the digits in the file, so that every later run has the same
-    return Statistics(tuple(mean[order].tolist()), tuple(std[order].tolist()), extent, f"computed, kept in {target}")
-
-
-def _write_first(text: str, wish: Path, instead: Path) -> Path:
-    """Write to `wish`; where that is not possible, say that it goes `instead`."""
-    try:
-        write_text(wish, text)
-    except OSError:
-        return instead
-    return wish
-
-
-def _file_order(facts: Sequence[PairFacts]) -> list[int]:
-    """Where each channel of mean_vals.txt stands in network order; B G R against R G B is its own inverse."""
-    count = sum(layer.channels for layer in facts[0].layers)
-    return [2, 1, 0, *range(3, count)] if facts[0].channels == 3 else list(range(count))
-
-
-def _statistics_text(mean: np.ndarray, std: np.ndarray, mark: str, steps: Sequence[str]) -> str:
-    lines = [" ".join(f"{value:.9g}" for value in row) for row in (mean, std)]
-    note = f"# digest {mark}; order B G R extras, or that of the bands; preprocess {'+'.join(steps) or 'none'}"
-    return "\n".join([*lines, note]) + "\n"
-
-
-def read_statistics(path: Path) -> tuple[np.ndarray, np.ndarray, str | None]:
-    """Mean, std and digest (None if there is none) of a mean_vals.txt, in file order.
-
-    Raises:
-        DatasetError: not two lines of as many numbers.
-    """
-    remedy = "expected a line of means and a line of deviations; delete it to compute it anew"
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        rows = [np.array([float(word) for word in line.split()]) for line in lines if not line.startswith("#")]
-    except ValueError as error:
-        raise DatasetError(f"{path} is not a list of numbers ({error}); {remedy}") from error
-    if len(rows) != 2 or len(rows[0]) != len(rows[1]):
-        raise DatasetError(f"{path} has lines of {[len(row) for row in rows]} numbers; {remedy}")
-    if not np.isfinite(rows).all() or (rows[1] < 0).any():
-        raise DatasetError(f"{path} holds NaN, infinity or a negative deviation; {remedy}")
-    marks = [line.split()[2].rstrip(";") for line in lines if line.startswith("# digest ")]
-    return rows[0], rows[1], marks[0] if marks else None
-
-
-def channel_names(facts: Sequence[PairFacts], add_dirs: Sequence[str]) -> tuple[str, ...]:
-    """Names of the channels in network order."""
-    count = facts[0].channels
-    own = {1: ("grey",), 3: ("red", "green", "blue")}.get(count) or tuple(f"band{i + 1}" for i in range(count))
-    return (*own, *add_dirs)
-
-
-def scene_warnings(facts: Sequence[PairFacts], config: ModelConfig) -> list[str]:
-    """Images that differ from what a network was trained on: another pixel type, intensities far off."""
-    warnings = []
-    kinds = {item.layers[0].dtype for item in facts if item.layers[0].dtype}
-    if kinds - {config.dtype}:
-        warnings.append(f"images are {' '.join(sorted(kinds))}, the network was trained on {config.dtype}")
-    seen = [item for item in facts if item.has_data]
-    channels = sum(layer.channels for layer in facts[0].layers) if facts else 0
-    if not seen or channels != len(config.mean):
-        return warnings
-    mean, _ = statistics(seen)
-    gap = np.abs(mean - np.array(config.mean)) / np.maximum(np.array(config.std), 1e-6)
-    if gap.max() > 2:
-        warnings.append(
-            f"mean intensity {np.round(mean, 1).tolist()} is {gap.max():.1f} deviations from the training's "
-            f"{np.round(config.mean, 1).tolist()}: expect worse results"
-        )
-    return warnings
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -192,13 +192,14 @@ def class_weights(args: argparse.Namespace) -> list[float] | None:
 
 def prepare_data(args: argparse.Namespace, run_dir: Path) -> Data:
     """Pair, scan and check the files; say what was found; stop on errors."""
+    import normalisation
     import scan
 
     checked = scan.check_from_flags(args)
     for message in checked.warnings:
         print(f"warning: {message}")
     classes = checked.raise_errors()
-    statistics = scan.load_or_compute_statistics(checked.root, run_dir, checked.train, args.preprocess)
+    statistics = normalisation.load_or_compute_statistics(checked.root, run_dir, checked.train, args.preprocess)
     print(f"{len(checked.train)} training and {len(checked.val)} validation images; {'; '.join(checked.notes)}")
     print(f"classes: {', '.join(classes.names)}; statistics: {statistics.source}")
     return Data(
@@ -209,7 +210,7 @@ def prepare_data(args: argparse.Namespace, run_dir: Path) -> Data:
         present=[scan.classes_present(item, classes) for item in checked.train],
         pixels=scan.class_pixels(checked.train, classes),
         statistics=statistics,
-        channels=scan.channel_names(checked.train, args.add_dirs),
+        channels=normalisation.channel_names(checked.train, args.add_dirs),
         rgb=checked.train[0].channels == 3,
         dtype=checked.train[0].layers[0].dtype,
     )

@@ -19,11 +19,13 @@ from tqdm import tqdm
 
 from backends import Forward, out_of_memory, torch_forward
 from checkpoint import ModelConfig, load_checkpoint, save_checkpoint
-from dataset import Batch, ClassMap, EvaluationSet, Pair, Sample, evaluation_loader, load_image, load_mask, load_region
+from classes import ClassMap
+from dataset import Batch, EvaluationSet, Sample, evaluation_loader, load_image, load_mask, load_region
 from image_io import IGNORE_INDEX, resize_image
 from metrics import Scorer
 from optim import Schedule, ScheduleOptions, build_optimiser
 from outputs import decide
+from pairing import Pair
 from plots import sample_panel
 from run_folder import RunFolder
 from tiling import predict_tiled

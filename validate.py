@@ -20,9 +20,9 @@ if TYPE_CHECKING:  # what these load would make --help wait for seconds
     import numpy as np
 
     from checkpoint import ModelConfig
-    from dataset import Listing, Pair
     from metrics import ObjectScores
     from outputs import Outputs
+    from pairing import Listing, Pair
     from trainer import Prediction
 
 
@@ -117,7 +117,7 @@ def with_overrides(config: ModelConfig, args: argparse.Namespace) -> ModelConfig
 
 def find_files(args: argparse.Namespace, config: ModelConfig) -> Listing:
     """Images, masks and what belongs to them, as the checkpoint needs them."""
-    from dataset import DatasetError, FileOptions, find_split
+    from pairing import DatasetError, FileOptions, find_split
 
     options = FileOptions(
         add_dirs=config.add_dirs,
@@ -142,8 +142,10 @@ def check_files(listing: Listing, config: ModelConfig) -> list[str]:
     Raises:
         DatasetError: nothing is left.
     """
-    from dataset import ClassMap, DatasetError
-    from scan import scan_pairs, scene_warnings
+    from classes import ClassMap
+    from normalisation import scene_warnings
+    from pairing import DatasetError
+    from scan import scan_pairs
 
     classes = ClassMap.from_config(config)
     failures, good = list(listing.errors), []
@@ -165,7 +167,7 @@ def pair_problems(item: Any, config: ModelConfig, classes: Any) -> list[str]:
     """What keeps one scanned pair from being scored: unreadable, another size, number of channels, or labels."""
     import numpy as np
 
-    from dataset import DatasetError
+    from pairing import DatasetError
     from scan import find_problems
 
     errors, _ = find_problems([], [item])
@@ -214,7 +216,8 @@ def validate(
 ) -> dict[str, Any] | None:
     """Predict every image, write what was asked for, return the summary of scores; None without masks."""
     import trainer
-    from dataset import ClassMap, EvaluationSet
+    from classes import ClassMap
+    from dataset import EvaluationSet
     from outputs import write_tables
 
     scorer = trainer.build_scorer(config, threshold=threshold, empty=args.empty)

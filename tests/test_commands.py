@@ -222,7 +222,9 @@ def test_decimal_dot(trained, discs, tmp_path):
 def test_raw_holds_probabilities_and_is_never_stretched(trained, discs, tmp_path):
     run_validate("-d", discs / "val", "-cd", trained, "-o", tmp_path, "--raw", "--binary")
     from backends import load_forward
-    from dataset import ClassMap, EvaluationSet, FileOptions, find_split
+    from classes import ClassMap
+    from dataset import EvaluationSet
+    from pairing import FileOptions, find_split
     from trainer import predict_samples
 
     config, forward = load_forward(trained / "run.pth", "cpu")

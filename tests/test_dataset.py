@@ -15,31 +15,32 @@ from hypothesis import strategies as st
 
 from augmentations import PRESETS, Augmentation
 from checkpoint import Geometry, ModelConfig
+from classes import UNLISTED, ClassMap
 from dataset import (
-    UNLISTED,
-    ClassMap,
-    DatasetError,
     EpochSampler,
     EvaluationSet,
-    FileOptions,
-    Pair,
     Slot,
     TrainingSet,
     crop_corner,
     cut_window,
     evaluation_loader,
-    find_split,
-    find_splits,
-    list_pairs,
     load_image,
     load_mask,
     load_region,
-    read_ids,
-    share_by_name,
-    split_folder,
     training_loader,
 )
 from image_io import IGNORE_INDEX, ImageError, write_image, write_mask
+from pairing import (
+    DatasetError,
+    FileOptions,
+    Pair,
+    find_split,
+    find_splits,
+    list_pairs,
+    read_ids,
+    share_by_name,
+    split_folder,
+)
 
 BINARY = ClassMap((255,), ("background", "object"))
 ANYWHERE = Path("somewhere.png")

@@ -13,9 +13,11 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
     {"image_io", "networks"},
     {"augmentations", "cli", "losses", "metrics", "model", "optim", "plots", "postprocess", "regions", "tiling"},
-    {"checkpoint", "run_folder", "slide_io"},
-    {"backends", "dataset", "outputs"},
+    {"checkpoint", "pairing", "run_folder", "slide_io"},
+    {"backends", "classes", "outputs"},
+    {"dataset"},
     {"annotation", "noisy_labels", "scan", "selfsupervised"},
+    {"normalisation"},
     {"trainer"},
     {"annotate", "export_onnx", "predict", "pretrain", "train", "validate", "dataset_utils", "benchmarks"},
 )

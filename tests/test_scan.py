@@ -14,13 +14,16 @@ from PIL import Image
 
 import cli
 import image_io
+import normalisation
 import scan
 import train
 from checkpoint import Geometry, ModelConfig
-from dataset import ClassMap, DatasetError, FileOptions, find_splits, list_pairs, load_image, load_mask, load_region
+from classes import ClassMap, ClassOptions, resolve_classes
+from dataset import load_image, load_mask, load_region
 from dataset_utils import check
 from image_io import preprocess, read_image, write_image, write_mask
-from scan import ClassOptions, check_dataset, resolve_classes, scan_pairs
+from pairing import DatasetError, FileOptions, find_splits, list_pairs
+from scan import check_dataset, scan_pairs
 
 
 @pytest.fixture
@@ -330,7 +333,7 @@ def test_statistics_against_all_pixels(tmp_path, dtype, steps):
         image = rng.normal(1000 if dtype != np.uint8 else 100, 20, (*size, 4)) + 10 * i
         write_image(tmp_path / "images" / f"{i}.tif", image.astype(dtype))
     facts = scan_pairs(list_pairs(tmp_path).pairs, steps=steps)
-    mean, std = scan.statistics(facts)
+    mean, std = normalisation.statistics(facts)
     expected = slow_statistics([item.pair for item in facts], steps)
     np.testing.assert_allclose(mean, expected[0], rtol=1e-6)
     np.testing.assert_allclose(std, expected[1], rtol=1e-6)
@@ -339,7 +342,7 @@ def test_statistics_against_all_pixels(tmp_path, dtype, steps):
 def test_deviations_of_large_values_are_exact(tmp_path):
     values = np.array([16_777_210, 16_777_212] * 8, np.float32).reshape(4, 4)
     write_image(tmp_path / "images" / "a.tif", values)
-    mean, std = scan.statistics(scan_pairs(list_pairs(tmp_path).pairs))
+    mean, std = normalisation.statistics(scan_pairs(list_pairs(tmp_path).pairs))
     assert mean.tolist() == [16_777_211] and std.tolist() == [1]
 
 
@@ -350,11 +353,11 @@ def test_statistics_leave_out_nodata_and_add_extras(tmp_path):
     extra = np.arange(16, dtype=np.uint8).reshape(4, 4) * 10
     write_image(tmp_path / "nir" / "a.png", extra)
     facts = scan_pairs(list_pairs(tmp_path, ["nir"]).pairs)
-    mean, std = scan.statistics(facts)
+    mean, std = normalisation.statistics(facts)
     np.testing.assert_allclose(mean, [np.arange(15).mean(), extra.mean()])
     np.testing.assert_allclose(std, [np.arange(15).std(), extra.std()])
-    assert scan.value_range(facts) == ((0.0, 0.0), (14.0, 255.0))
-    assert scan.channel_names(facts, ["nir"]) == ("grey", "nir")
+    assert normalisation.value_range(facts) == ((0.0, 0.0), (14.0, 255.0))
+    assert normalisation.channel_names(facts, ["nir"]) == ("grey", "nir")
 
 
 def test_nothing_but_nodata(tmp_path):
@@ -364,12 +367,12 @@ def test_nothing_but_nodata(tmp_path):
     facts = scan_pairs(list_pairs(tmp_path).pairs)
     assert scan.find_problems([], facts)[1] == [f"{tmp_path}/images/a.tif has no pixel with data"]
     with pytest.raises(DatasetError, match="no image has a pixel with data"):
-        scan.statistics(facts)
+        normalisation.statistics(facts)
 
 
 def scan_root(root, run_dir, steps=()):
     facts = scan_pairs(list_pairs(root / "train").pairs, steps=steps)
-    return facts, scan.load_or_compute_statistics(root, run_dir, facts, steps)
+    return facts, normalisation.load_or_compute_statistics(root, run_dir, facts, steps)
 
 
 def test_mean_vals_round_trip_in_b_g_r(root, tmp_path):
@@ -381,7 +384,7 @@ def test_mean_vals_round_trip_in_b_g_r(root, tmp_path):
     lines = path.read_text().splitlines()
     np.testing.assert_allclose([float(word) for word in lines[0].split()], mean[::-1], rtol=1e-8)
     np.testing.assert_allclose([float(word) for word in lines[1].split()], std[::-1], rtol=1e-8)
-    assert lines[2].startswith(f"# digest {scan.digest(facts, ())}") and len(lines) == 3
+    assert lines[2].startswith(f"# digest {normalisation.digest(facts, ())}") and len(lines) == 3
     np.testing.assert_allclose(first.mean, mean, rtol=1e-8)
     _, again = scan_root(root, run_dir)
     assert again.mean == first.mean and again.std == first.std and again.source == str(path)
@@ -445,7 +448,7 @@ def test_a_root_that_cannot_be_written(root, tmp_path, monkeypatch):
 
 def test_images_unlike_those_of_the_training_are_said(root):
     facts = scan_pairs(list_pairs(root / "val").pairs)
-    mean, std = scan.statistics(facts)
+    mean, std = normalisation.statistics(facts)
     values = {
         "architecture": "plain-unet",
         "encoder": "plain-8",
@@ -455,12 +458,12 @@ def test_images_unlike_those_of_the_training_are_said(root):
         "geometry": Geometry("resize", (32, 32)),
     }
     same = ModelConfig(**values, mean=tuple(mean), std=tuple(std))
-    assert scan.scene_warnings(facts, same) == []
+    assert normalisation.scene_warnings(facts, same) == []
     other = ModelConfig(**values, mean=tuple(mean + 3 * std), std=tuple(std), dtype="uint16")
-    warnings = scan.scene_warnings(facts, other)
+    warnings = normalisation.scene_warnings(facts, other)
     assert warnings[0] == "images are uint8, the network was trained on uint16"
     assert "is 3.0 deviations from the training's" in warnings[1]
-    assert scan.scene_warnings(facts, ModelConfig(**values, mean=(1.0,) * 5, std=(1.0,) * 5)) == []
+    assert normalisation.scene_warnings(facts, ModelConfig(**values, mean=(1.0,) * 5, std=(1.0,) * 5)) == []
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -14,22 +14,14 @@ import trainer
 from augmentations import Augmentation
 from backends import torch_forward
 from checkpoint import Geometry, ModelConfig
-from dataset import (
-    Batch,
-    ClassMap,
-    EpochSampler,
-    EvaluationSet,
-    FileOptions,
-    Pair,
-    TrainingSet,
-    find_split,
-    training_loader,
-)
+from classes import ClassMap
+from dataset import Batch, EpochSampler, EvaluationSet, TrainingSet, training_loader
 from image_io import write_image, write_mask
 from losses import build_loss
 from metrics import confusion_matrix
 from model import build_model
 from optim import ScheduleOptions
+from pairing import FileOptions, Pair, find_split
 from trainer import Evaluation, FitOptions, Progress, TrainingStopped, build_learner, train_one_epoch
 
 
