@@ -6,73 +6,31 @@ A file that is damaged, cut short or of another kind raises ImageError with its 
 
 import contextlib
 import io
-import math
 import mmap
 import os
-import struct
 import unicodedata
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import cv2
 import numpy as np
-import tifffile
 from PIL import BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin
-from PIL.Image import DecompressionBombError
+
+from image_headers import DECODE_ERRORS, Header, ImageError, animated, scan_header, sniff, upright
+from tiff_io import read_tiff_image, read_tiff_orientation, read_tiff_valid, read_tiff_values, write_tiff
 
 IGNORE_INDEX = 255
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp")
 PREPROCESS_STEPS = ("clahe", "denoise", "stretch")
 
-# What PIL, tifffile and imagecodecs (its errors are RuntimeErrors) were seen to raise on damaged files.
-_DECODE_ERRORS = (
-    ArithmeticError,
-    AttributeError,
-    DecompressionBombError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-    struct.error,
-)
 _PILLOW_PLUGINS: dict[str, Callable[..., Any]] = {  # called directly, past PIL's limit on the number of pixels
     "PNG": PngImagePlugin.PngImageFile,
     "JPEG": JpegImagePlugin.JpegImageFile,
     "BMP": BmpImagePlugin.BmpImageFile,
     "GIF": GifImagePlugin.GifImageFile,
 }
-
-
-class ImageError(ValueError):
-    """An image file that cannot be used; the message names the path, what was found and what was expected."""
-
-
-@dataclass(frozen=True)
-class _Header:
-    """What decides how a PNG, JPEG, BMP or WebP file is decoded."""
-
-    channels: int = 3  # colour channels without alpha: 1 grey, 3 RGB, 4 CMYK
-    bits: int = 8  # per channel, or per palette index
-    palette: bool = False
-    orientation: int = 1
-
-
-@dataclass(frozen=True)
-class _Bands:
-    """A TIFF file as stored: (H, W, C), native byte order, upright, alpha dropped, no value changed."""
-
-    values: np.ndarray
-    photometric: int
-    bits: int
-    colormap: np.ndarray | None
-    nodata: float | None
 
 
 def list_images(folder: Path) -> dict[str, Path]:
@@ -109,162 +67,26 @@ def _spell(words: Sequence[str]) -> str:
     return " ".join(words)
 
 
-def _truncated(path: Path, what: str) -> ImageError:
-    return ImageError(f"{path} is truncated: {what}; expected a complete file: copy or export it again")
-
-
-def _sniff(head: bytes, path: Path) -> str:
-    """Name the format of a file from its first bytes; the suffix is not asked."""
-    if head.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "PNG"
-    if head.startswith(b"\xff\xd8\xff"):
-        return "JPEG"
-    if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        return "TIFF"
-    if head[:6] in (b"GIF87a", b"GIF89a"):
-        return "GIF"
-    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
-        return "WebP"
-    if head.startswith(b"BM"):
-        return "BMP"
-    if not head:
-        raise ImageError(f"{path} is empty (0 bytes); expected an image: copy or export it again")
-    if head.startswith(b"version https://g"):
-        raise ImageError(f"{path} is a Git LFS pointer, not the image itself: run 'git lfs pull'")
-    raise ImageError(
-        f"{path} is not an image Tessera reads: it starts with {head[:12]!r}; "
-        "expected PNG, JPEG, TIFF, BMP, GIF or WebP: convert it, or move it out of the folder"
-    )
-
-
-def _exif_orientation(block: bytes) -> int:
-    """Orientation 1..8 from an EXIF block (a small TIFF, perhaps behind 'Exif'), 1 when it says none."""
-    block = block.removeprefix(b"Exif\0\0")
-    order = {b"II": "<", b"MM": ">"}.get(block[:2])
-    if order is None or len(block) < 10:
-        return 1
-    (start,) = struct.unpack_from(order + "I", block, 4)
-    if start + 2 > len(block):
-        return 1
-    (count,) = struct.unpack_from(order + "H", block, start)
-    for entry in range(start + 2, min(start + 2 + 12 * count, len(block) - 11), 12):
-        tag, kind = struct.unpack_from(order + "HH", block, entry)
-        if tag == 274:
-            (value,) = struct.unpack_from(order + ("I" if kind == 4 else "H"), block, entry + 8)
-            return value if 1 <= value <= 8 else 1
-    return 1
-
-
-def _scan_png(data: bytes | mmap.mmap, path: Path) -> _Header:
-    bits, colour = struct.unpack_from("BB", data, 24)
-    orientation, position = 1, 8
-    while position + 12 <= len(data):
-        length, name = struct.unpack_from(">I4s", data, position)
-        if name == b"IEND":
-            return _Header(1 if colour in (0, 4) else 3, bits, colour == 3, orientation)
-        if name == b"eXIf":
-            orientation = _exif_orientation(data[position + 8 : position + 8 + length])
-        elif name == b"acTL" and struct.unpack_from(">I", data, position + 8)[0] > 1:
-            raise _animated(path)
-        position += 12 + length
-    raise _truncated(path, "the PNG has no end chunk (IEND)")
-
-
-def _scan_jpeg(data: bytes | mmap.mmap, path: Path) -> _Header:
-    channels, bits, orientation, position = 3, 8, 1, 2
-    while position + 4 <= len(data):
-        marker = data[position + 1]
-        if data[position] != 0xFF or marker == 0xFF:  # stray or fill bytes, which decoders skip
-            position += 1
-            continue
-        if marker == 0xDA:  # the pixels start; 255 is escaped in them, so an end marker is real
-            if data.rfind(b"\xff\xd9", position) < 0:
-                raise _truncated(path, "the JPEG has no end marker")
-            return _Header(channels, bits, orientation=orientation)
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            bits, channels = data[position + 4], data[position + 9]
-        elif marker == 0xE1 and data[position + 4 : position + 10] == b"Exif\0\0":
-            (length,) = struct.unpack_from(">H", data, position + 2)
-            orientation = _exif_orientation(data[position + 4 : position + 2 + length])
-        standalone = marker == 0x01 or 0xD0 <= marker <= 0xD8
-        position += 2 if standalone else 2 + struct.unpack_from(">H", data, position + 2)[0]
-    raise _truncated(path, "the JPEG ends before its pixels")
-
-
-def _scan_webp(data: bytes | mmap.mmap, path: Path) -> _Header:
-    end = 8 + struct.unpack_from("<I", data, 4)[0]
-    if end > len(data):
-        raise _truncated(path, f"the WebP header promises {end} bytes and {len(data)} are there")
-    orientation, position, frames = 1, 12, 0
-    while position + 8 <= end:
-        name, length = struct.unpack_from("<4sI", data, position)
-        if name == b"EXIF":
-            orientation = _exif_orientation(data[position + 8 : position + 8 + length])
-        frames += name == b"ANMF"
-        position += 8 + length + length % 2
-    if frames > 1:
-        raise _animated(path)
-    return _Header(orientation=orientation)
-
-
-def _scan_bmp(data: bytes | mmap.mmap, path: Path) -> _Header:
-    offset, header_size = struct.unpack_from("<II", data, 10)
-    if header_size == 12:
-        width, height, _, bits = struct.unpack_from("<HHHH", data, 18)
-        compression = 0
-    else:
-        width, height, _, bits, compression = struct.unpack_from("<iiHHI", data, 18)
-    needed = offset + (width * bits + 31) // 32 * 4 * abs(height)
-    if compression in (0, 3) and needed > len(data):
-        raise _truncated(path, f"the BMP header promises {needed} bytes and {len(data)} are there")
-    return _Header(bits=bits, palette=bits <= 8)
-
-
-def _scan_gif(data: bytes | mmap.mmap, path: Path) -> _Header:
-    return _Header(palette=True)
-
-
-def _animated(path: Path) -> ImageError:
-    return ImageError(f"{path} is an animation; expected one picture: save each frame as a file of its own")
-
-
-_SCANNERS: dict[str, Callable[[bytes | mmap.mmap, Path], _Header]] = {
-    "PNG": _scan_png,
-    "JPEG": _scan_jpeg,
-    "WebP": _scan_webp,
-    "BMP": _scan_bmp,
-    "GIF": _scan_gif,
-}
-
-
-def _scan(kind: str, data: bytes | mmap.mmap, path: Path) -> _Header:
-    try:
-        return _SCANNERS[kind](data, path)
-    except (struct.error, IndexError) as error:
-        raise _truncated(path, f"its {kind} header is cut off") from error
-
-
 def read_orientation(path: Path) -> int:
     """Read the EXIF (JPEG, PNG, WebP) or TIFF orientation, 1..8, without decoding pixels; 1 when none is declared."""
     path = Path(path)
     with path.open("rb") as handle:
-        kind = _sniff(handle.read(32), path)
+        kind = sniff(handle.read(32), path)
         if kind != "TIFF":
             with mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _scan(kind, data, path).orientation
-    with _open_tiff(path) as tif:
-        return _tiff_orientation(_tiff_pages(tif, path)[0])
+                return scan_header(kind, data, path).orientation
+    return read_tiff_orientation(path)
 
 
 def _read_bytes(path: Path) -> tuple[str, bytes]:
     """The format and, except for TIFF (which is read by parts), the whole content of a file."""
     with path.open("rb") as handle:
-        kind = _sniff(handle.read(32), path)
+        kind = sniff(handle.read(32), path)
         handle.seek(0)
         return kind, b"" if kind == "TIFF" else handle.read()
 
 
-def _decode(kind: str, data: bytes, header: _Header, path: Path) -> np.ndarray:
+def _decode(kind: str, data: bytes, header: Header, path: Path) -> np.ndarray:
     """Decode with OpenCV to (H, W) grey or (H, W, 3) RGB, uint8 or uint16; alpha and orientation are left out."""
     colour = cv2.IMREAD_GRAYSCALE if header.channels == 1 else cv2.IMREAD_COLOR_RGB
     flags = colour | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
@@ -289,29 +111,18 @@ def _decode_pillow(kind: str, data: bytes, path: Path, *, indices: bool) -> np.n
     try:
         with _PILLOW_PLUGINS[kind](io.BytesIO(data)) as picture:
             if getattr(picture, "is_animated", False):
-                raise _animated(path)
+                raise animated(path)
             picture.load()
             if indices and picture.mode in ("1", "L", "P"):
                 return np.array(picture, np.uint8)
             return np.array(picture.convert("L" if picture.mode in ("1", "L") else "RGB"))
     except ImageError:
         raise
-    except _DECODE_ERRORS as error:
+    except DECODE_ERRORS as error:
         raise ImageError(
             f"{path} is damaged or truncated: its {kind} pixels could not be decoded ({error}); expected a complete "
             "file: copy or export it again"
         ) from error
-
-
-def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Undo an EXIF orientation of (H, W) or (H, W, C) pixels; contiguous."""
-    if orientation >= 5:
-        pixels = pixels.swapaxes(0, 1)
-    if orientation in (2, 3, 6, 7):
-        pixels = pixels[:, ::-1]
-    if orientation in (3, 4, 7, 8):
-        pixels = pixels[::-1]
-    return np.ascontiguousarray(pixels)
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -332,13 +143,13 @@ def read_image(path: Path) -> np.ndarray:
     path = Path(path)
     kind, data = _read_bytes(path)
     if kind == "TIFF":
-        return _tiff_image(_load_tiff(path), path)
-    header = _scan(kind, data, path)
+        return read_tiff_image(path)
+    header = scan_header(kind, data, path)
     if kind == "GIF" or (kind == "BMP" and header.palette) or (kind == "JPEG" and header.channels == 4):
         image = _decode_pillow(kind, data, path, indices=False)
     else:
         image = _decode(kind, data, header, path)
-    image = _upright(image, header.orientation)
+    image = upright(image, header.orientation)
     return image[..., None] if image.ndim == 2 else image
 
 
@@ -350,12 +161,9 @@ def read_valid(path: Path) -> np.ndarray | None:
     """
     path = Path(path)
     with path.open("rb") as handle:
-        if _sniff(handle.read(32), path) != "TIFF":
+        if sniff(handle.read(32), path) != "TIFF":
             return None
-    with _open_tiff(path) as tif:
-        if _tiff_nodata(_tiff_pages(tif, path)[0], path) is None:
-            return None
-    return _valid_pixels(_load_tiff(path))
+    return read_tiff_valid(path)
 
 
 def read_mask(path: Path) -> np.ndarray:
@@ -373,16 +181,15 @@ def read_mask(path: Path) -> np.ndarray:
     path = Path(path)
     kind, data = _read_bytes(path)
     if kind == "TIFF":
-        bands = _load_tiff(path)
-        return _to_labels(_one_channel(_dark_is_zero(bands), path), path)
-    header = _scan(kind, data, path)
+        return _to_labels(_one_channel(read_tiff_values(path), path), path)
+    header = scan_header(kind, data, path)
     if header.palette or (kind == "JPEG" and header.channels == 4):
         mask = _decode_pillow(kind, data, path, indices=True)
     else:
         mask = _decode(kind, data, header, path)
         if header.bits < 8:  # grey PNG of 1, 2 or 4 bits, which the decoder spreads over 0..255
             mask //= 255 // (2**header.bits - 1)
-    mask = _upright(mask, header.orientation)
+    mask = upright(mask, header.orientation)
     return mask if mask.ndim == 2 else _one_channel(mask, path)
 
 
@@ -419,194 +226,6 @@ def _to_labels(mask: np.ndarray, path: Path) -> np.ndarray:
     if mask.dtype == np.int16 or mask.dtype == np.int32:
         return mask.astype(np.uint16 if mask.dtype == np.int16 else np.uint32)
     return mask.astype(np.min_scalar_type(int(high)))
-
-
-@contextlib.contextmanager
-def _open_tiff(path: Path) -> Iterator[tifffile.TiffFile]:
-    """Open a TIFF; whatever its reader raises inside the block becomes an ImageError with the path."""
-    try:
-        with tifffile.TiffFile(path) as tif:
-            yield tif
-    except ImageError:
-        raise
-    except _DECODE_ERRORS as error:
-        raise ImageError(
-            f"{path} is a damaged, truncated or unsupported TIFF ({type(error).__name__}: {error}); expected a "
-            "complete file: copy or export it again"
-        ) from error
-
-
-def _tiff_pages(tif: tifffile.TiffFile, path: Path) -> list[Any]:
-    """The pages that make up the full-resolution image: one, or one for each band."""
-    every: list[Any] = list(tif.pages)
-    pages = [page for page in every if not page.subfiletype & 5] or every[:1]  # 1 is reduced, 4 a transparency mask
-    main = max(pages, key=lambda page: page.imagelength * page.imagewidth)
-    same = [page for page in pages if page.shape == main.shape and page.dtype == main.dtype]
-    if len(same) > 1 and main.samplesperpixel > 1:
-        if tif.is_svs:  # the thumbnail of a tiny slide can be as large as the slide
-            return same[:1]
-        raise ImageError(
-            f"{path} holds {len(same)} pages of {main.samplesperpixel} channels; expected one picture: "
-            "save each page as a file of its own"
-        )
-    if main.imagedepth > 1:
-        raise ImageError(f"{path} holds a volume of depth {main.imagedepth}; expected a picture: save its slices")
-    return same
-
-
-def _tiff_orientation(page: Any) -> int:
-    tag = page.tags.get(274)
-    return int(tag.value) if tag is not None and tag.value in range(1, 9) else 1
-
-
-def _tiff_nodata(page: Any, path: Path) -> float | None:
-    tag = page.tags.get(42113)
-    if tag is None:
-        return None
-    text = str(tag.value).strip("\0 \n").lower()
-    if "nan" in text:
-        return math.nan
-    try:
-        return float(text)
-    except ValueError:
-        raise ImageError(
-            f"{path} declares the nodata value {text!r} (tag 42113); expected a number or nan: repair it with "
-            "gdal_edit.py -a_nodata VALUE"
-        ) from None
-
-
-def _check_whole(tif: tifffile.TiffFile, page: Any, path: Path) -> None:
-    """Refuse a page that is not all there: its reader fills lost pixels with zeros and lost tags with defaults."""
-    file, layout = tif.filehandle, tif.tiff
-    ends = np.add(page.dataoffsets, page.databytecounts, dtype=np.int64)
-    if not len(ends) or ends.max() > file.size:
-        raise _truncated(path, f"its TIFF pixels end at byte {max(ends, default=0)} and the file at {file.size}")
-    file.seek(page.offset)
-    (count,) = struct.unpack(layout.tagnoformat, file.read(layout.tagnosize))
-    entries = file.read(count * layout.tagsize)
-    codes = {struct.unpack_from(layout.byteorder + "H", entries, i * layout.tagsize)[0] for i in range(count)}
-    lost = [code for code in codes if (254 <= code <= 339 or code == 42113) and code not in page.tags]
-    if lost:
-        raise _truncated(path, f"the values of its TIFF tags {sorted(lost)} are missing")
-    (following,) = struct.unpack(layout.offsetformat, file.read(layout.offsetsize))
-    if following and page.index == len(tif.pages) - 1:
-        raise _truncated(path, f"TIFF page {page.index + 2} is missing")
-
-
-def _load_tiff(path: Path) -> _Bands:
-    with _open_tiff(path) as tif:
-        pages = _tiff_pages(tif, path)
-        page = pages[0]
-        for each in {page.index: page for page in (*pages, tif.pages[-1])}.values():
-            _check_whole(tif, each, path)
-        if page.photometric not in (0, 1, 2, 3, 4, 5, 6, 34892) or (
-            page.photometric == 6 and page.compression not in (6, 7)
-        ):
-            raise ImageError(f"{path} is a TIFF of colour type {page.photometric!r}; expected grey, RGB or a palette")
-        if len(pages) > 1:
-            values = np.stack([each.asarray() for each in pages], axis=2)
-        else:
-            values = _single_page(tif, page, path)
-        extra = page.extrasamples
-        if any(extra):  # 1 and 2 are alpha, 0 an ordinary band
-            colours = values.shape[2] - len(extra)
-            values = values[..., [c for c in range(values.shape[2]) if c < colours or not extra[c - colours]]]
-        if values.ndim != 3 or values.size == 0 or not isinstance(page.bitspersample, int):
-            raise ImageError(f"{path} is a TIFF of shape {values.shape} and {page.bitspersample} bits: save it as RGB")
-        if not values.dtype.isnative:
-            values = values.astype(values.dtype.newbyteorder("="))
-        values = _upright(values, _tiff_orientation(page))
-        # tifffile and ImageJ call boolean or inverted pictures white-is-zero and mean the stored values all the same
-        photometric = 1 if page.photometric == 0 and (tif.is_shaped or tif.is_imagej) else page.photometric
-        return _Bands(values, photometric, page.bitspersample, page.colormap, _tiff_nodata(page, path))
-
-
-def _single_page(tif: tifffile.TiffFile, page: Any, path: Path) -> np.ndarray:
-    """(H, W, C) of a page; ImageJ can keep a whole stack behind the one page it describes."""
-    promised = int((tif.imagej_metadata or {}).get("images", 1)) if tif.is_imagej else 1
-    if promised > 1 and len(tif.pages) == 1 and page.samplesperpixel == 1:
-        stack = tif.series[0].asarray().reshape(-1, page.imagelength, page.imagewidth)
-        if len(stack) != promised:
-            raise _truncated(path, f"ImageJ's description promises {promised} pages and {len(stack)} can be read")
-        return np.moveaxis(stack, 0, 2)
-    values = page.asarray()
-    if values.ndim == 2:
-        return values[..., None]
-    return np.moveaxis(values, 0, 2) if page.planarconfig == 2 else values
-
-
-def _dark_is_zero(bands: _Bands) -> np.ndarray:
-    """The values with white-is-zero files turned round, as every viewer shows them."""
-    values = bands.values
-    if bands.photometric != 0 or values.dtype.kind not in "bu":
-        return values
-    return ~values if values.dtype == np.bool_ else (2**bands.bits - 1) - values
-
-
-def _valid_pixels(bands: _Bands) -> np.ndarray | None:
-    """(H, W) bool, False where every band equals the declared nodata value."""
-    if bands.nodata is None:
-        return None
-    values, nodata = bands.values, bands.nodata
-    if math.isnan(nodata):
-        same = np.isnan(values) if values.dtype.kind == "f" else np.zeros(values.shape, bool)
-    elif values.dtype.kind == "f":  # the tag is text, often of fewer digits than the pixels
-        with np.errstate(over="ignore", invalid="ignore"):
-            same = np.isclose(values, values.dtype.type(nodata), rtol=2e-6, atol=0)
-    else:
-        same = values == nodata
-    return np.asarray(~same.all(axis=2))
-
-
-def _tiff_image(bands: _Bands, path: Path) -> np.ndarray:
-    values = _dark_is_zero(bands)
-    if bands.photometric == 3:
-        return _apply_colormap(values, bands, path)
-    if bands.photometric == 5:
-        return _cmyk_to_rgb(values, path)
-    if bands.bits < 8 and values.dtype.kind in "bu":
-        return values.astype(np.uint8) * np.uint8(255 // (2**bands.bits - 1))
-    values = _to_image_dtype(values, path)
-    if values.dtype == np.float32 and not np.isfinite(values).all():
-        bad = ~np.isfinite(values).all(axis=2)
-        valid = _valid_pixels(bands)
-        count = int(np.count_nonzero(bad if valid is None else bad & valid))
-        if count:
-            raise ImageError(
-                f"{path} holds NaN or infinity in {count} pixels; expected finite values: repair it, or declare the "
-                "value as nodata in every band (gdal_edit.py -a_nodata nan)"
-            )
-    return values
-
-
-def _apply_colormap(values: np.ndarray, bands: _Bands, path: Path) -> np.ndarray:
-    colormap = bands.colormap
-    if colormap is None or colormap.ndim != 2 or values.shape[2] != 1 or values.max() >= colormap.shape[1]:
-        raise ImageError(f"{path} is a palette TIFF without a fitting palette: save it as RGB")
-    table = colormap if colormap.max() < 256 else colormap >> 8  # 16 bits by the standard, 8 from some writers
-    return np.ascontiguousarray(table.T.astype(np.uint8)[values[..., 0].astype(np.uint16)])
-
-
-def _cmyk_to_rgb(values: np.ndarray, path: Path) -> np.ndarray:
-    if values.shape[2] != 4 or values.dtype != np.uint8:
-        raise ImageError(f"{path} is a CMYK TIFF of {values.shape[2]} {values.dtype} channels: save it as RGB")
-    light = 255 - values.astype(np.uint16)
-    return ((light[..., :3] * light[..., 3:].astype(np.uint32) + 127) // 255).astype(np.uint8)
-
-
-def _to_image_dtype(values: np.ndarray, path: Path) -> np.ndarray:
-    """Cast to uint8, uint16 or float32 without losing a whole value below 65536."""
-    kind = values.dtype.kind
-    if values.dtype in (np.uint8, np.uint16, np.float32):
-        return values
-    if kind == "f":
-        with np.errstate(over="ignore"):
-            return values.astype(np.float32)
-    if kind not in "iu":
-        raise ImageError(f"{path} holds {values.dtype} values; expected whole or real numbers: save one part of them")
-    if values.min() < 0 or values.max() > 65535:
-        return values.astype(np.float32)
-    return values.astype(np.uint8 if values.dtype == np.int8 else np.uint16)
 
 
 @contextlib.contextmanager
@@ -676,7 +295,8 @@ def write_image(path: Path, image: np.ndarray) -> None:
             "expected (H, W, C), uint8, uint16 or float32"
         )
     if suffix in (".tif", ".tiff"):
-        _write_tiff(path, image)
+        with atomic_write(path) as handle:
+            write_tiff(handle, image)
         return
     depths = {".png": "uint8 uint16", ".jpg": "uint8", ".jpeg": "uint8", ".bmp": "uint8", ".webp": "uint8"}
     if suffix not in depths:
@@ -707,7 +327,8 @@ def write_mask(path: Path, mask: np.ndarray) -> None:
             "expected (H, W), uint8, uint16 or uint32"
         )
     if suffix in (".tif", ".tiff"):
-        _write_tiff(path, mask[..., None])
+        with atomic_write(path) as handle:
+            write_tiff(handle, mask[..., None])
         return
     depths = {".png": ("uint8", "uint16"), ".bmp": ("uint8",)}
     if suffix not in depths:
@@ -728,22 +349,6 @@ def _write_encoded(path: Path, image: np.ndarray) -> None:
         raise ImageError(f"{path} could not be encoded from shape {image.shape}: use .tif")
     with atomic_write(path) as handle:
         handle.write(data)
-
-
-def _write_tiff(path: Path, image: np.ndarray) -> None:
-    channels = image.shape[2]
-    colours = 3 if channels >= 3 else 1
-    with atomic_write(path) as handle:
-        tifffile.imwrite(
-            handle,
-            image[..., 0] if channels == 1 else image,
-            photometric="rgb" if colours == 3 else "minisblack",
-            planarconfig=None if channels == 1 else "contig",
-            extrasamples=["unspecified"] * (channels - colours),
-            compression="zlib",
-            predictor=image.dtype != np.float32,
-            metadata=None,
-        )
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

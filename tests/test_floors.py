@@ -11,6 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 FLOORS = (
+    {"image_headers"},
+    {"tiff_io"},
     {"image_io", "networks"},
     {"augmentations", "cli", "losses", "metrics", "model", "optim", "plots", "postprocess", "regions", "tiling"},
     {"checkpoint", "pairing", "run_folder", "slide_io"},
