@@ -266,7 +266,9 @@ def build_network(args: argparse.Namespace, data: Data, *, fresh: bool) -> tuple
     import torch
 
     import model
+    import weights
     from checkpoint import load_checkpoint
+    from networks.single_values import tolerate_single_values
 
     torch.manual_seed(args.seed)
     num_classes = len(data.classes.names)
@@ -277,10 +279,10 @@ def build_network(args: argparse.Namespace, data: Data, *, fresh: bool) -> tuple
     if not fresh:
         pass
     elif args.init_from:
-        print(model.init_from(network, load_checkpoint(args.init_from)[1]["model_state_dict"]))
+        print(weights.init_from(network, load_checkpoint(args.init_from)[1]["model_state_dict"]))
     elif published != "none" and (args.model, published) != ("plain-unet", "imagenet"):
-        print(model.load_encoder_weights(network, args.encoder_weights, in_channels=len(data.channels)))
-    model.tolerate_single_values(network)
+        print(weights.load_encoder_weights(network, args.encoder_weights, in_channels=len(data.channels)))
+    tolerate_single_values(network)
     print(f"{args.model} {args.encoder}: {model.count_parameters(network) / 1e6:.2f} M parameters")
     return network, config
 

@@ -19,7 +19,8 @@ import torch
 import cli
 from dataset import Batch
 from losses import build_loss
-from model import build_model, count_parameters, tolerate_single_values
+from model import build_model, count_parameters
+from networks.single_values import tolerate_single_values
 from trainer import FitOptions, Learner, build_learner, train_one_epoch
 
 

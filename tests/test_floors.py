@@ -15,7 +15,7 @@ FLOORS = (
     {"tiff_io"},
     {"image_io", "networks"},
     {"augmentations", "cli", "losses", "metrics", "model", "optim", "plots", "postprocess", "regions", "tiling"},
-    {"checkpoint", "pairing", "run_folder", "slide_io"},
+    {"checkpoint", "pairing", "run_folder", "slide_io", "weights"},
     {"backends", "classes", "outputs"},
     {"dataset"},
     {"annotation", "noisy_labels", "scan", "selfsupervised"},
