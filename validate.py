@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # what these load would make --help wait for seconds
     import numpy as np
 
     from checkpoint import ModelConfig
-    from metrics import ObjectScores
+    from object_metrics import ObjectScores
     from outputs import Outputs
     from pairing import Listing, Pair
     from trainer import Prediction
@@ -262,7 +262,7 @@ def write_outputs(
 def score_extra(extra: ExtraScores, pair: Pair, pred: np.ndarray, mask: np.ndarray) -> None:
     """Add the object and centre-line scores of one image."""
     from image_io import IGNORE_INDEX
-    from metrics import cldice, object_scores
+    from object_metrics import cldice, object_scores
 
     counted = mask != IGNORE_INDEX
     found, truth = (pred > 0) & counted, (mask > 0) & counted
