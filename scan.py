@@ -83,7 +83,8 @@ def scan_pairs(
 ) -> list[PairFacts]:
     """Read every pair that the cache does not know with its files' present sizes and times.
 
-    An interrupted scan keeps what it has read.
+    An interrupted scan keeps what it has read. A pair with an unreadable file is not kept: it is read again each time,
+    for what kept it from being read, such as its permissions, leaves size and time as they are.
 
     Args:
         steps: preprocessing that the statistics belong to.
@@ -104,8 +105,12 @@ def scan_pairs(
                 cache[keys[i]] = {"state": states[i], **facts}
         finally:
             pool.shutdown(cancel_futures=True)
-            _write_cache(cache_path, cache)
+            _write_cache(cache_path, {key: entry for key, entry in cache.items() if not _has_error(entry)})
     return [_from_cache(pair, cache[key]) for pair, key in zip(pairs, keys, strict=True)]
+
+
+def _has_error(entry: dict[str, Any]) -> bool:
+    return any(part and part["error"] for part in (*entry["layers"], entry["mask"], entry["roi"]))
 
 
 def _scan_pair(pair: Pair, steps: Sequence[str]) -> dict[str, Any]:

@@ -500,6 +500,16 @@ def test_a_second_scan_reads_nothing_and_a_changed_file_is_read_again(root, read
     assert scan_pairs(pairs) == changed and len(reads) == 20, "preprocessing does not push out the rest"
 
 
+def test_what_could_not_be_read_is_tried_again(root, monkeypatch):
+    def refuse(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scan, "read_layer", refuse)
+        assert all("Permission denied" in item.layers[0].error for item in scan_pairs(list_pairs(root / "train").pairs))
+    assert all(item.layers[0].error is None for item in scan_pairs(list_pairs(root / "train").pairs))
+
+
 def test_a_damaged_cache_or_none_is_no_trouble(root, reads, monkeypatch):
     pairs = list_pairs(root / "train").pairs
     first = scan_pairs(pairs)
