@@ -310,6 +310,8 @@ def pick_device(name: str, cpu: bool = False) -> str:
     kind, _, number = name.partition(":")
     if kind not in ("cpu", "cuda", "mps"):
         raise UsageError(f"--device {name} is unknown; expected auto, cpu, cuda, cuda:N or mps")
+    if not (number or "0").isdecimal():
+        raise UsageError(f"--device {name}: {number!r} is no number of a device; expected such as cuda:1")
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
         found = torch.cuda.device_count()
         raise UsageError(f"--device {name}: PyTorch sees {found} CUDA devices; use --device auto or --cpu")

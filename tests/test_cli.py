@@ -122,6 +122,7 @@ def test_version_names_commit_and_libraries(capsys):
         (["--foreground-quota", "1.5"], ["--foreground-quota", "from 0 to 1"]),
         (["--amp", "fp16", "--cpu"], ["--amp fp16 needs a GPU", "bf16"]),
         (["--device", "gpu"], ["--device gpu is unknown", "cuda:N"]),
+        (["--device", "cuda:x"], ["--device cuda:x", "'x' is no number"]),
         (["--init-from", "absent.pth"], ["--init-from absent.pth", "no such file"]),
         (["--encoder-weights", "absent.pth"], ["--encoder-weights absent.pth", "no such file"]),
         (["--optimiser", "Adam"], ["unrecognized arguments: --optimiser"]),
