@@ -82,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         config, forward = load_forward(path, device)
         print(f"checkpoint {path}: {config.architecture} {config.encoder}, {config.geometry.kind}; device: {device}")
         threshold = cli.pick_threshold(args.thres, config.thresholds)
+        if config.num_logits > 1 and threshold != 0.5:
+            raise ValueError(f"-t {threshold:g} is for one class; of several the likeliest wins, without a threshold")
         config = with_overrides(config, args)
         listing = find_files(args, config)
         folder = args.output_dir or default_output(path, listing, args.split, threshold)
@@ -215,6 +217,7 @@ def validate(
     threshold: float,
 ) -> dict[str, Any] | None:
     """Predict every image, write what was asked for, return the summary of scores; None without masks."""
+    import baselines
     import trainer
     from classes import ClassMap
     from dataset import EvaluationSet
@@ -232,7 +235,7 @@ def validate(
         return None
     summary = {**result.summary, "checkpoint_thresholds": config.thresholds, **extra_summary(extra)}
     if args.baselines and config.num_logits == 1:
-        summary["baselines"] = trainer.score_baselines(data, empty=args.empty)
+        summary["baselines"] = baselines.score_baselines(data, empty=args.empty)
     write_tables(outputs.folder, scorer, summary, args.decimal)
     log_tensorboard(args, outputs.folder, summary, trainer.worst_panels(result.worst, config, threshold))
     return summary

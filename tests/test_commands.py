@@ -286,6 +286,13 @@ def test_best_threshold_of_several_classes_is_an_error(crops_run, colours, capsy
     assert stop.value.code == 1 and "the checkpoint stores no best threshold" in capsys.readouterr().err
 
 
+def test_a_threshold_for_several_classes_is_an_error(crops_run, colours, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_validate("-d", colours / "val", "-cd", crops_run, "-t", 0.3, "-o", tmp_path / "out")
+    assert stop.value.code == 1 and "-t 0.3 is for one class" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_binary_of_several_classes_is_an_error(crops_run, colours, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         run_validate("-d", colours / "val", "-cd", crops_run, "--binary", "-o", tmp_path / "out")
