@@ -12,6 +12,7 @@ OPTIMISERS = ("AdamW", "Adam", "SGD")
 SCHEDULES = ("cosine", "plateau", "one-cycle", "constant")
 # The predecessor's spellings.
 SCHEDULE_NAMES = {"CosineAnnealingLR": "cosine", "ReduceLROnPlateau": "plateau", "OneCycleLR": "one-cycle"}
+PLATEAU_SEEN = ("last_epoch", "best", "num_bad_epochs", "cooldown_counter")  # the state of PyTorch's rule
 
 
 def check_names(optimiser: str, schedule: str) -> None:
@@ -111,15 +112,16 @@ class Schedule:
             self.plateau.step(value)
 
     def state_dict(self) -> dict[str, Any]:
-        """What `plateau` has seen; empty for the others."""
-        return {"scale": self.scale.param_groups[0]["lr"], **self.plateau.state_dict()} if self.plateau else {}
+        """What `plateau` has seen, without its options; empty for the others."""
+        if self.plateau is None:
+            return {}
+        return {"scale": self.scale.param_groups[0]["lr"], **{key: getattr(self.plateau, key) for key in PLATEAU_SEEN}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what state_dict returned."""
         if self.plateau and state:
-            state = dict(state)
-            self.scale.param_groups[0]["lr"] = state.pop("scale")
-            self.plateau.load_state_dict(state)
+            self.scale.param_groups[0]["lr"] = state["scale"]
+            self.plateau.load_state_dict({key: state[key] for key in PLATEAU_SEEN})
 
 
 def cosine(after: float) -> float:

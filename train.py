@@ -128,11 +128,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = cli.parse(parser, argv)
     with cli.plain_errors(parser, interrupted="the same command goes on from the last finished epoch"):
         check_flags(args)
+        args.model, args.encoder = network_names(args)
         device = cli.pick_device(args.device, args.cpu)
         if args.amp == "fp16" and device == "cpu":
             raise cli.UsageError("--amp fp16 needs a GPU; use --amp bf16 or no on the cpu")
         print(f"device: {device}")
         run_dir = args.log_dir / (args.exp_name or default_name(args))
+        check_run_folder(run_dir)
         data = prepare_data(args, run_dir)
         train(args, data, run_dir, device, cli.run_record(args, argv))
 
@@ -141,6 +143,32 @@ def default_name(args: argparse.Namespace) -> str:
     """Name of a run that was given none; the same command finds the same run again."""
     root = args.dataset.resolve().name
     return f"{args.model}_{args.encoder}_{root}".replace("/", "-").replace("+", "plus")
+
+
+def network_names(args: argparse.Namespace) -> tuple[str, str]:
+    """Our spelling of -m and --encoder, so that two spellings of one network are the same run."""
+    from model import resolve_architecture, resolve_encoder
+
+    architecture = resolve_architecture(args.model)
+    return architecture, resolve_encoder(args.encoder, architecture)
+
+
+def check_run_folder(run_dir: Path) -> None:
+    """Refuse to start anew, and write over what is there, in the folder of a run whose state is gone.
+
+    A run that was killed in its first epoch has no state yet; that one is started anew.
+
+    Raises:
+        ValueError: says how many epochs the folder holds, and how to go on.
+    """
+    from run_folder import read_history
+
+    epochs = len(read_history(run_dir))
+    if epochs > 1 and not (run_dir / "last_checkpoint").is_file():
+        raise ValueError(
+            f"{run_dir} holds a run of {epochs} epochs and no last_checkpoint to go on from. Put it back, or use "
+            f"another --exp-name (--init-from {run_dir / run_dir.name}.pth starts with its best weights)."
+        )
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -388,6 +416,7 @@ def say_changes(run_dir: Path, flags: dict[str, Any], saved: Any, config: Any) -
 
 def finish(args: argparse.Namespace, run: Any, val_set: Any, learner: Any, device: str) -> None:
     """Score the best checkpoint on the validation set and print it, with the baselines if they were asked for."""
+    import baselines
     import metrics
     import trainer
     from backends import torch_forward
@@ -402,7 +431,7 @@ def finish(args: argparse.Namespace, run: Any, val_set: Any, learner: Any, devic
     print(f"\nbest epoch {saved['epoch']} of {learner.progress.epoch}, {run.best_path}")
     print(metrics.score_table(result.summary))
     if args.baselines and config.num_logits == 1:
-        for name, summary in trainer.score_baselines(val_set, empty=args.empty).items():
+        for name, summary in baselines.score_baselines(val_set, empty=args.empty).items():
             print(f"for comparison: {name} IoU {summary['iou']:.4f} Dice {summary['dice']:.4f}")
     run.log_result(vars(args), {f"hparam/{key}": result.summary[key] for key in ("iou", "dice")})
     run.close()

@@ -19,8 +19,7 @@ from tqdm import tqdm
 
 from backends import Forward, out_of_memory, torch_forward
 from checkpoint import ModelConfig, load_checkpoint, save_checkpoint
-from classes import ClassMap
-from dataset import Batch, EvaluationSet, Sample, evaluation_loader, load_image, load_mask, load_region
+from dataset import Batch, EvaluationSet, Sample, evaluation_loader, load_image
 from image_io import IGNORE_INDEX, resize_image
 from metrics import Scorer
 from optim import Schedule, ScheduleOptions, build_optimiser
@@ -30,7 +29,6 @@ from plots import sample_panel
 from run_folder import RunFolder
 from tiling import predict_tiled
 
-MONITORS = ("iou", "dice", "loss")
 MUCH_WAITING = 0.1  # share of the time above which more loader processes are suggested
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -177,43 +175,6 @@ def build_scorer(config: ModelConfig, *, threshold: float = 0.5, empty: str = "s
     )
 
 
-def score_baselines(data: EvaluationSet, *, empty: str) -> dict[str, dict[str, Any]]:
-    """Score what needs no network on the same images: all foreground, and Otsu's threshold of the grey picture.
-
-    Otsu gets the better of its two polarities for each image by the truth, so it is flattered.
-
-    Reference: Otsu 1979, A threshold selection method from gray-level histograms.
-    """
-    config = data.config
-    scorers = {name: build_scorer(config, empty=empty) for name in ("all foreground", "Otsu")}
-    classes = ClassMap.from_config(config)
-    for pair in data.pairs:
-        if pair.mask is None:
-            continue
-        image, valid = load_image(pair, config.channels, ())
-        mask, grey = load_mask(pair, classes, load_region(pair, valid)), image[:, :, :3].mean(axis=2)
-        bright = grey > otsu_threshold(grey)
-        scorers["all foreground"].update_pred(pair.name, np.ones_like(mask), mask)
-        counted = mask != IGNORE_INDEX
-        truth = mask == 1
-        fits = [(side & truth & counted).sum() / max(1, ((side | truth) & counted).sum()) for side in (bright, ~bright)]
-        scorers["Otsu"].update_pred(pair.name, bright if fits[0] >= fits[1] else ~bright, mask)
-    return {name: scorer.summary() for name, scorer in scorers.items()}
-
-
-def otsu_threshold(grey: np.ndarray) -> float:
-    """The value that splits a picture (H, W) into two groups with the largest variance between them."""
-    counts, edges = np.histogram(grey, bins=256)
-    centres = (edges[:-1] + edges[1:]) / 2
-    below = np.cumsum(counts)[:-1]
-    above = below[-1] + counts[-1] - below
-    sums = np.cumsum(counts * centres)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        gap = sums[:-1] / below - (sums[-1] - sums[:-1]) / above
-        between = np.nan_to_num(below * above * gap**2)
-    return float(edges[1 + int(between.argmax())])
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
 
@@ -243,12 +204,13 @@ class FitOptions:
 
 @dataclass
 class Progress:
-    """How far a run is; stored in last_checkpoint."""
+    """How far a run is; stored in last_checkpoint. `best` is in the unit of `monitor`, more is better."""
 
     epoch: int = 0
     step: int = 0
     best: float | None = None
     best_epoch: int = 0
+    monitor: str = "iou"
     seconds: float = 0.0
 
 
@@ -284,7 +246,10 @@ class Learner:
     def restore(self, saved: dict[str, Any]) -> None:
         """Go back to a state that was saved."""
         self.accelerator.unwrap_model(self.model).load_state_dict(saved["model_state_dict"])
+        options = [dict(group) for group in self.optimiser.param_groups]
         self.optimiser.load_state_dict(saved["optimizer_state_dict"])
+        for group, wanted in zip(self.optimiser.param_groups, options, strict=True):
+            group.update(wanted)  # the flags of this run, not those it was started with
         self.schedule.load_state_dict(saved["scheduler_state_dict"])
         if self.accelerator.scaler and saved["scaler_state_dict"]:
             self.accelerator.scaler.load_state_dict(saved["scaler_state_dict"])
@@ -316,14 +281,15 @@ def build_learner(model: nn.Module, options: FitOptions, *, device: str, steps: 
         steps=steps,
         more_is_better=options.monitor != "loss",
     )
-    return Learner(model, optimiser, schedule, accelerator)
+    return Learner(model, optimiser, schedule, accelerator, Progress(monitor=options.monitor))
 
 
 def resume(learner: Learner, path: Path, config: ModelConfig) -> ModelConfig | None:
     """Restore a run from its last_checkpoint and return the config stored there; None when there is none.
 
     Raises:
-        ValueError: the checkpoint belongs to another network, other classes, another geometry or optimiser.
+        ValueError: the checkpoint belongs to another network, other classes, another geometry, optimiser or monitor,
+            or it holds no state to go on from.
     """
     if not path.is_file():
         return None
@@ -335,17 +301,25 @@ def resume(learner: Learner, path: Path, config: ModelConfig) -> ModelConfig | N
                 f"{path.parent} holds a run with {name} {old}, now it is {new}. Use another --exp-name, "
                 "or the flags of that run (args.json in its folder)."
             )
-    if saved["optimizer_name"] != learner.optimiser_name:
+    if "optimizer_name" not in saved:
         raise ValueError(
-            f"{path.parent} was trained with --optim {saved['optimizer_name']}, now it is {learner.optimiser_name}. "
-            "Use the first one again to go on, or another --exp-name."
+            f"{path} holds weights but no state to go on from, as a best checkpoint does. Start another run from it: "
+            f"--init-from {path} with another --exp-name."
         )
+    before = {"--optim": saved["optimizer_name"], "--monitor": Progress(**saved["progress"]).monitor}
+    now = {"--optim": learner.optimiser_name, "--monitor": learner.progress.monitor}
+    for flag, old in before.items():
+        if old != now[flag]:
+            raise ValueError(
+                f"{path.parent} was trained with {flag} {old}, now it is {now[flag]}. "
+                "Use the first one again to go on, or another --exp-name."
+            )
     learner.restore(saved)
     return saved_config
 
 
 def train_one_epoch(
-    learner: Learner, batches: Iterable[Batch], loss: LossFunction, options: FitOptions, num_classes: int
+    learner: Learner, batches: Iterable[Batch], loss: LossFunction, options: FitOptions, num_logits: int
 ) -> dict[str, Any]:
     """One pass over the training samples.
 
@@ -353,6 +327,7 @@ def train_one_epoch(
         Mean loss over samples, IoU from counts over the whole epoch, share of the time spent waiting for the loader.
     """
     device = learner.accelerator.device
+    num_classes, binary = max(2, num_logits), num_logits == 1
     counts = torch.zeros(num_classes + 1, num_classes, dtype=torch.int64, device=device)
     total, samples, waited, begin = torch.zeros((), device=device), 0, 0.0, time.perf_counter()
     watch = _LossWatch(every=1 if device.type == "cpu" else 20)
@@ -375,12 +350,13 @@ def train_one_epoch(
                 total += step_loss * len(batch.names)
                 samples += len(batch.names)
                 if watch.see(step_loss, batch, learner):
-                    bar.set_postfix(loss=f"{total.item() / samples:.4f}", iou=f"{train_iou(counts) or 0:.3f}")
+                    iou = train_iou(counts, binary=binary) or 0
+                    bar.set_postfix(loss=f"{total.item() / samples:.4f}", iou=f"{iou:.3f}")
                 bar.update()
             _update(learner, options)
     watch.check()
-    seconds = time.perf_counter() - begin
-    return {"loss": total.item() / max(1, samples), "iou": train_iou(counts), "waited": waited / max(seconds, 1e-9)}
+    waited /= max(time.perf_counter() - begin, 1e-9)
+    return {"loss": total.item() / max(1, samples), "iou": train_iou(counts, binary=binary), "waited": waited}
 
 
 def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
@@ -439,12 +415,13 @@ def add_counts(counts: Tensor, logits: Tensor, masks: Tensor) -> None:
         counts.view(-1).scatter_add_(0, cells.flatten(), torch.ones_like(cells).flatten())
 
 
-def train_iou(counts: Tensor) -> float | None:
-    """IoU from a confusion matrix of add_counts: of the object (two classes), or the mean over classes that occur."""
+def train_iou(counts: Tensor, *, binary: bool) -> float | None:
+    """IoU from a confusion matrix of add_counts: of the object (binary), or the mean over classes that occur."""
     table = counts[:-1].cpu().double()
     hits = table.diagonal()
     union = table.sum(0) + table.sum(1) - hits
-    iou = (hits / union)[union > 0] if len(hits) > 2 else (hits / union)[1:][union[1:] > 0]
+    first = 1 if binary else 0
+    iou = (hits / union)[first:][union[first:] > 0]
     return float(iou.mean()) if len(iou) else None
 
 
@@ -502,7 +479,7 @@ def fit(
         begin = time.perf_counter()
         batches.batch_sampler.set_epoch(progress.epoch)  # type: ignore[union-attr]
         lr = learner.schedule.at(progress.epoch * learner.schedule.steps)
-        train = train_one_epoch(learner, batches, loss, options, max(2, config.num_logits))
+        train = train_one_epoch(learner, batches, loss, options, config.num_logits)
         scores = {
             name: evaluate(
                 predict_samples(forward, data, batch=config.batch, workers=workers, description=f"scoring {name}"),

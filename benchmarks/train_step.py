@@ -72,10 +72,15 @@ def seconds(work: Callable[[], object], device: str) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Time both in turns and print the table."""
+    """Parse and measure."""
     parser = build_parser()
     args = cli.parse(parser, argv)
-    device = cli.pick_device(args.device, args.cpu)
+    with cli.plain_errors(parser):
+        measure(args, cli.pick_device(args.device, args.cpu))
+
+
+def measure(args: argparse.Namespace, device: str) -> None:
+    """Time both in turns and print the table."""
     torch.manual_seed(args.seed)
     network = build_model(args.model, args.encoder, in_channels=3, num_logits=1)
     tolerate_single_values(network)
@@ -85,11 +90,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     batches = random_batches(args.steps, args.batch, args.size)
     bare_epoch(bare, batches, loss)
-    train_one_epoch(looped, batches, loss, options, 2)
+    train_one_epoch(looped, batches, loss, options, 1)
     floor, ours = [], []
     for _ in range(args.rounds):
         floor.append(seconds(lambda: bare_epoch(bare, batches, loss), device))
-        ours.append(seconds(lambda: train_one_epoch(looped, batches, loss, options, 2), device))
+        ours.append(seconds(lambda: train_one_epoch(looped, batches, loss, options, 1), device))
     ratios = [own / base for own, base in zip(ours, floor, strict=True)]
     print(f"{args.model} {args.encoder}, {count_parameters(network) / 1e6:.1f} M parameters, batch {args.batch} of")
     print(

@@ -21,6 +21,7 @@ FLOORS = (
     {"annotation", "noisy_labels", "scan", "selfsupervised"},
     {"normalisation"},
     {"trainer"},
+    {"baselines"},
     {"annotate", "export_onnx", "predict", "pretrain", "train", "validate", "dataset_utils", "benchmarks"},
 )
 COMMANDS = FLOORS[-1]

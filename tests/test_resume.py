@@ -228,6 +228,7 @@ def test_a_complete_run_says_so(data, tmp_path, capsys):
         (["--image-size", "48"], "geometry", "48"),
         (["--crops", "2"], "resize", "crops"),
         (["--optim", "SGD"], "--optim AdamW", "SGD"),
+        (["--monitor", "loss"], "--monitor iou", "loss"),
     ],
 )
 def test_another_network_or_class_list_is_refused(tmp_path, capsys, flags, old, new):
@@ -242,6 +243,38 @@ def test_another_network_or_class_list_is_refused(tmp_path, capsys, flags, old, 
     assert stop.value.code == 1
     assert str(tmp_path / "run") in error and old in error and new in error and "--exp-name" in error
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == kept
+
+
+def test_another_spelling_of_the_network_is_the_same_run(data, tmp_path, capsys):
+    train.main(words_for(data, tmp_path, "run", epochs=1))
+    train.main(words_for(data, tmp_path, "run", network=["-m", "Plain_UNet", "--encoder", "plain-8"], epochs=2))
+    out = capsys.readouterr().out
+    assert f"going on in {tmp_path / 'run'} after epoch 1" in out and "warning: model" not in out
+
+
+def test_changed_flags_count_from_then_on(data, tmp_path):
+    first = ("-sc", "plateau", "--plateau-patience", 5, "--optim", "SGD")
+    train.main(words_for(data, tmp_path, "run", *first, epochs=1))
+    later = ("-sc", "plateau", "--plateau-patience", 0, "--plateau-factor", 0.5, "--optim", "SGD")
+    train.main(words_for(data, tmp_path, "run", *later, "-lr", 1e-9, "--weight-decay", 0.5, epochs=4))
+    _, saved = load_checkpoint(tmp_path / "run" / "last_checkpoint")
+    assert [group["weight_decay"] for group in saved["optimizer_state_dict"]["param_groups"]] == [0.5, 0]
+    assert read_rows(tmp_path / "run")[-1]["lr"] < 1e-9  # with the first patience of 5 it would not have fallen
+
+
+@pytest.mark.parametrize("best_in_its_place", [False, True])
+def test_a_run_without_its_state_is_not_written_over(data, tmp_path, capsys, best_in_its_place):
+    run = tmp_path / "run"
+    train.main(words_for(data, tmp_path, "run", epochs=2))
+    (run / "last_checkpoint").unlink()
+    if best_in_its_place:
+        (run / "last_checkpoint").write_bytes((run / "run.pth").read_bytes())
+    kept = {path.name: path.read_bytes() for path in run.iterdir()}
+    with pytest.raises(SystemExit) as stop:
+        train.main(words_for(data, tmp_path, "run", epochs=3))
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and str(run) in error and "go on from" in error and "--init-from" in error
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == kept
 
 
 def test_changed_training_images_are_warned_about(tmp_path, capsys):

@@ -10,6 +10,7 @@ from discs import write_dataset, write_split
 from skimage.filters import threshold_otsu
 from torch import nn
 
+import baselines
 import trainer
 from augmentations import Augmentation
 from backends import torch_forward
@@ -84,7 +85,7 @@ def test_four_images_are_learned_by_heart(tmp_path, labels, loss, geometry):
     function = build_loss(loss, num_logits=config.num_logits)
     for epoch in range(60):
         sampler.set_epoch(epoch)
-        first_or_last = train_one_epoch(learner, batches, function, options, len(config.class_names))
+        first_or_last = train_one_epoch(learner, batches, function, options, config.num_logits)
     forward = torch_forward(learner.model, "cpu")
     predictions = trainer.predict_samples(forward, EvaluationSet(pairs, classes, config), batch=4, workers=0)
     result = trainer.evaluate(predictions, trainer.build_scorer(config), loss=function, keep_worst=1)
@@ -105,7 +106,7 @@ def test_the_same_seed_gives_the_same_losses():
             seen.append(value.item())
             return value
 
-        train_one_epoch(learner, batches, watched, options, 2)
+        train_one_epoch(learner, batches, watched, options, 1)
         losses.append(seen)
     assert losses[0] == losses[1] and len(set(losses[0])) == 3
 
@@ -147,7 +148,7 @@ def test_accumulation_is_the_mean_over_samples(sizes, accumulate, groups):
     batches = [random_batch(seed, size) for seed, size in enumerate(sizes)]
     ours, theirs = simple_network(), simple_network()
     learner, options = make_learner(ours, optimiser="SGD", momentum=0, weight_decay=0, lr=0.5, accumulate=accumulate)
-    result = train_one_epoch(learner, batches, build_loss("bce", num_logits=1), options, 2)
+    result = train_one_epoch(learner, batches, build_loss("bce", num_logits=1), options, 1)
     plain_steps(theirs, [[batches[place] for place in group] for group in groups], 0.5)
     for ours_weight, theirs_weight in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(ours_weight, theirs_weight, atol=1e-6, rtol=1e-5)
@@ -158,7 +159,7 @@ def test_clipping_limits_the_norm_of_the_whole_gradient():
     batches, clip = [random_batch(0)], 1e-3
     ours, theirs, start = simple_network(), simple_network(), simple_network()
     learner, options = make_learner(ours, optimiser="SGD", momentum=0, weight_decay=0, lr=0.5, clip=clip)
-    train_one_epoch(learner, batches, build_loss("bce", num_logits=1), options, 2)
+    train_one_epoch(learner, batches, build_loss("bce", num_logits=1), options, 1)
     plain_steps(theirs, [batches], 0.5, clip)
     moved = [(a - b).detach() for a, b in zip(ours.parameters(), start.parameters(), strict=True)]
     assert math.sqrt(sum(float((part**2).sum()) for part in moved)) == pytest.approx(0.5 * clip, rel=1e-3)
@@ -172,15 +173,15 @@ def test_the_learning_rate_follows_the_schedule_within_an_epoch():
     learner.optimiser.optimizer.register_step_post_hook(lambda inner, *_: seen.append(inner.param_groups[0]["lr"]))
     for epoch in range(2):
         learner.progress.epoch = epoch
-        train_one_epoch(learner, [random_batch(0), random_batch(1)], build_loss("bce", num_logits=1), options, 2)
+        train_one_epoch(learner, [random_batch(0), random_batch(1)], build_loss("bce", num_logits=1), options, 1)
     assert seen == pytest.approx([(1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)])
 
 
 def test_half_precision_trains():
     learner, options = make_learner(make_network(), lr=0.01, amp="bf16")
-    first = train_one_epoch(learner, [random_batch(0)], build_loss("dice", num_logits=1), options, 2)["loss"]
+    first = train_one_epoch(learner, [random_batch(0)], build_loss("dice", num_logits=1), options, 1)["loss"]
     for _ in range(10):
-        last = train_one_epoch(learner, [random_batch(0)], build_loss("dice", num_logits=1), options, 2)["loss"]
+        last = train_one_epoch(learner, [random_batch(0)], build_loss("dice", num_logits=1), options, 1)["loss"]
     assert last < first and next(learner.model.parameters()).dtype == torch.float32
 
 
@@ -207,7 +208,7 @@ def test_a_loss_that_is_not_finite_names_step_rate_and_files():
     good, bad = random_batch(0, names=("a", "b")), random_batch(1, names=("spoiled", "spoiled"))
     bad.images[:] = math.inf
     with pytest.raises(TrainingStopped, match="became nan at step 1, learning rate 0.0625, with the files spoiled"):
-        train_one_epoch(learner, [good, bad, good], build_loss("dice", num_logits=1), options, 2)
+        train_one_epoch(learner, [good, bad, good], build_loss("dice", num_logits=1), options, 1)
 
 
 def test_out_of_memory_names_size_and_flag():
@@ -221,7 +222,7 @@ def test_out_of_memory_names_size_and_flag():
 
     learner, options = make_learner(Greedy())
     with pytest.raises(TrainingStopped, match="batch of 2 images of 16x16: lower -b"):
-        train_one_epoch(learner, [random_batch(0)], build_loss("dice", num_logits=1), options, 2)
+        train_one_epoch(learner, [random_batch(0)], build_loss("dice", num_logits=1), options, 1)
     with pytest.raises(RuntimeError, match="batch of 1 images of 16x16: lower -b"):
         torch_forward(Greedy(), "cpu")(np.zeros((1, 3, 16, 16), np.float32))
 
@@ -273,7 +274,7 @@ def test_early_stopping(progress, patience, finished):
 # ---- evaluation ----
 
 
-@pytest.mark.parametrize("num_logits", [1, 4])
+@pytest.mark.parametrize("num_logits", [1, 2, 4])
 def test_counts_are_those_of_a_confusion_matrix(num_logits):
     rng = np.random.default_rng(0)
     classes = max(2, num_logits)
@@ -287,11 +288,11 @@ def test_counts_are_those_of_a_confusion_matrix(num_logits):
     np.testing.assert_array_equal(counts[:-1].numpy(), expected)
     hits = expected.diagonal()
     iou = hits / (expected.sum(0) + expected.sum(1) - hits)
-    assert trainer.train_iou(counts) == pytest.approx(iou[1] if classes == 2 else iou.mean())
+    assert trainer.train_iou(counts, binary=num_logits == 1) == pytest.approx(iou[1] if num_logits == 1 else iou.mean())
 
 
 def test_training_iou_of_nothing_is_undefined():
-    assert trainer.train_iou(torch.zeros(3, 2, dtype=torch.int64)) is None
+    assert trainer.train_iou(torch.zeros(3, 2, dtype=torch.int64), binary=True) is None
 
 
 @pytest.mark.parametrize(("num_logits", "name"), [(1, "bce"), (1, "dice"), (3, "ce"), (3, "dice")])
@@ -335,9 +336,9 @@ def test_probabilities_that_are_not_finite_name_the_image(tmp_path):
 def test_otsu_is_that_of_scikit_image():
     rng = np.random.default_rng(0)
     grey = np.concatenate([rng.normal(50, 10, 4000), rng.normal(180, 20, 1000)]).reshape(50, 100)
-    ours, theirs = trainer.otsu_threshold(grey), threshold_otsu(grey)
+    ours, theirs = baselines.otsu_threshold(grey), threshold_otsu(grey)
     assert ours == pytest.approx(theirs, abs=2 * np.ptp(grey) / 256)
-    assert math.isfinite(trainer.otsu_threshold(np.full((4, 4), 7.0)))
+    assert math.isfinite(baselines.otsu_threshold(np.full((4, 4), 7.0)))
 
 
 def test_baselines_need_no_network(tmp_path):
@@ -349,7 +350,7 @@ def test_baselines_need_no_network(tmp_path):
         write_mask(folder / "gt" / f"{name}.png", mask)
     config = make_config()
     data = EvaluationSet(find_split(folder, None, FileOptions()).pairs, ClassMap.from_config(config), config)
-    scores = trainer.score_baselines(data, empty="skip")
+    scores = baselines.score_baselines(data, empty="skip")
     assert scores["all foreground"]["iou"] == 0.5 and scores["Otsu"]["iou"] == 1.0
 
 
