@@ -33,7 +33,7 @@ from tiling import reflect_index
 if TYPE_CHECKING:
     from augmentations import Augmentation  # only training pays for its libraries
 
-BATCH_IMAGES = 4  # different images that a batch of crops holds, where there are so many
+BATCH_IMAGES = 4  # images whose crops are mixed with each other
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -156,11 +156,8 @@ class Slot:
     wanted: int | None = None
 
 
-class EpochSampler(Sampler[list[tuple[Slot, ...]]]):
-    """Batches of slots; slots of one image in one batch stay together, so the image is decoded once for them.
-
-    A batch mixes at least BATCH_IMAGES images where it can: an image with more crops than its part of a batch comes
-    back in a later batch and is decoded again there.
+class EpochSampler(Sampler[tuple[Slot, ...]]):
+    """The slots of an epoch, those of one image together: it is decoded once for all of them.
 
     Args:
         present: for each image the class indices that a forced crop may be asked to hold.
@@ -169,9 +166,9 @@ class EpochSampler(Sampler[list[tuple[Slot, ...]]]):
             these are too few do images without one pass slots on to them.
     """
 
-    def __init__(self, present: Sequence[Sequence[int]], *, batch: int, crops: int, quota: float, seed: int) -> None:
+    def __init__(self, present: Sequence[Sequence[int]], *, crops: int, quota: float, seed: int) -> None:
         self.present = [tuple(classes) for classes in present]
-        self.batch, self.crops, self.quota, self.seed = batch, crops, quota, seed
+        self.crops, self.quota, self.seed = crops, quota, seed
         self.labelled = [index for index, classes in enumerate(self.present) if classes]
         self.epoch = 0
 
@@ -184,42 +181,26 @@ class EpochSampler(Sampler[list[tuple[Slot, ...]]]):
         """Samples in one epoch."""
         return len(self.present) * self.crops
 
-    def __len__(self) -> int:
-        return -(-self.samples // self.batch)
-
-    def slots(self) -> list[Slot]:
-        """The slots of the epoch in order; those of one image and one part follow each other."""
+    def __iter__(self) -> Iterator[tuple[Slot, ...]]:
         rng = np.random.default_rng([self.seed, self.epoch])
-        part = min(self.crops, max(1, self.batch // BATCH_IMAGES))
-        images: list[int] = []
-        for start in range(0, self.crops, part):
-            for index in rng.permutation(len(self.present)).tolist():
-                images += [index] * min(part, self.crops - start)
+        images = np.repeat(rng.permutation(len(self.present)), self.crops).tolist()
         seeds = rng.integers(0, 2**31, self.samples).tolist()
         forced = self._forced(images, rng)
-        slots = []
+        together: dict[int, list[Slot]] = {}
         for place, (image, seed) in enumerate(zip(images, seeds, strict=True)):
             wanted = None
             if place in forced:
                 if not self.present[image]:
                     image = int(rng.choice(self.labelled))
                 wanted = int(rng.choice(self.present[image]))
-            slots.append(Slot(image, seed, wanted))
-        return slots
+            together.setdefault(image, []).append(Slot(image, seed, wanted))
+        yield from map(tuple, together.values())
 
     def _forced(self, images: Sequence[int], rng: np.random.Generator) -> set[int]:
         """Places of the slots that must hold a labelled pixel: those of labelled images before those of others."""
         count = math.ceil(self.quota * len(images) - 1e-9) if self.labelled else 0
         shuffled = rng.permutation(len(images)).tolist()
         return set(sorted(shuffled, key=lambda place: not self.present[images[place]])[:count])
-
-    def __iter__(self) -> Iterator[list[tuple[Slot, ...]]]:
-        slots = self.slots()
-        for start in range(0, len(slots), self.batch):
-            together: dict[int, list[Slot]] = {}
-            for slot in slots[start : start + self.batch]:
-                together.setdefault(slot.image, []).append(slot)
-            yield [tuple(group) for group in together.values()]
 
 
 @dataclass(frozen=True)
@@ -331,11 +312,62 @@ def _reflected(places: np.ndarray, length: int) -> np.ndarray:
     return reflect_index(length, int(distance.max()) + 1)[distance]
 
 
-def _collate_training(items: list[list[tuple[str, np.ndarray, np.ndarray]]]) -> Batch:
-    samples = [sample for item in items for sample in item]
+def stack_samples(samples: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> Batch:
+    """Samples of one image as one batch: two tensors on their way between processes instead of many."""
     images = torch.from_numpy(np.stack([pixels for _, pixels, _ in samples]))
     masks = torch.from_numpy(np.stack([indices for _, _, indices in samples]))
     return Batch(images, masks, tuple(name for name, _, _ in samples))
+
+
+class TrainingBatches:
+    """Batches for training; the samples of several images are mixed.
+
+    Each image is decoded once an epoch, in a loader process, and gives all its samples there. Here they wait in a pool
+    of BATCH_IMAGES images, and every batch is drawn from it at random.
+    """
+
+    def __init__(self, data: TrainingSet, sampler: EpochSampler, *, batch: int, workers: int, pin: bool) -> None:
+        self.sampler, self.batch, self.workers, self.pin = sampler, batch, workers, pin
+        self.loader = DataLoader(
+            data,
+            sampler=sampler,
+            batch_size=None,  # an item is one image with all its samples
+            num_workers=workers,
+            collate_fn=stack_samples,
+            persistent_workers=workers > 0,
+            worker_init_fn=_start_worker,
+            generator=torch.Generator(),  # nothing is drawn from the generator that dropout uses: resume stays exact
+        )
+
+    def __len__(self) -> int:
+        return -(-self.sampler.samples // self.batch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that comes next."""
+        self.sampler.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Batch]:
+        rng = np.random.default_rng([self.sampler.seed, self.sampler.epoch, 1])
+        pool: list[tuple[Batch, int]] = []
+        enough = max(self.batch, BATCH_IMAGES * self.sampler.crops)
+        for samples in self.loader:
+            pool += [(samples, row) for row in range(len(samples.names))]
+            while len(pool) >= enough:
+                yield self._draw(pool, rng)
+        while pool:
+            yield self._draw(pool, rng)
+
+    def _draw(self, pool: list[tuple[Batch, int]], rng: np.random.Generator) -> Batch:
+        """Take random samples out of the pool."""
+        chosen = set(rng.permutation(len(pool))[: self.batch].tolist())
+        drawn = [item for place, item in enumerate(pool) if place in chosen]
+        pool[:] = [item for place, item in enumerate(pool) if place not in chosen]
+        batch = Batch(
+            torch.stack([samples.images[row] for samples, row in drawn]),
+            torch.stack([samples.masks[row] for samples, row in drawn]),
+            tuple(samples.names[row] for samples, row in drawn),
+        )
+        return batch.pin_memory() if self.pin else batch
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -391,20 +423,6 @@ def _start_worker(_: int) -> None:
 
 def _list_of(samples: list[Sample]) -> list[Sample]:
     return samples
-
-
-def training_loader(data: TrainingSet, sampler: EpochSampler, workers: int, pin: bool) -> DataLoader[Any]:
-    """Loader of Batch; workers stay alive between epochs."""
-    return DataLoader(
-        data,
-        batch_sampler=sampler,
-        num_workers=workers,
-        collate_fn=_collate_training,
-        persistent_workers=workers > 0,
-        worker_init_fn=_start_worker,
-        pin_memory=pin,
-        generator=torch.Generator(),  # loaders draw nothing from the generator that dropout uses: resume stays exact
-    )
 
 
 def evaluation_loader(data: EvaluationSet, batch: int, workers: int) -> DataLoader[Any]:

@@ -365,23 +365,18 @@ def train(args: argparse.Namespace, data: Data, run_dir: Path, device: str, reco
     """Build everything, go on from a last_checkpoint if there is one, fit, print the score of the best."""
     import trainer
     from augmentations import Augmentation
-    from dataset import EpochSampler, EvaluationSet, TrainingSet, training_loader
+    from dataset import EpochSampler, EvaluationSet, TrainingBatches, TrainingSet
     from image_io import write_text
     from run_folder import RunFolder
 
     network, config = build_network(args, data, fresh=not (run_dir / "last_checkpoint").is_file())
     loss = build_training_loss(args, config, data.pixels)
     augmentation = Augmentation(args.augmentation, rgb=data.rgb, value_range=data.statistics.value_range)
-    sampler = EpochSampler(
-        data.present,
-        batch=args.batch,
-        crops=max(1, args.crops),
-        quota=args.foreground_quota if args.crops else 0,
-        seed=args.seed,
-    )
-    batches = training_loader(
-        TrainingSet(data.train, data.classes, config, augmentation), sampler, args.workers, device.startswith("cuda")
-    )
+    quota = args.foreground_quota if args.crops else 0
+    sampler = EpochSampler(data.present, crops=max(1, args.crops), quota=quota, seed=args.seed)
+    samples = TrainingSet(data.train, data.classes, config, augmentation)
+    pin = device.startswith("cuda")
+    batches = TrainingBatches(samples, sampler, batch=args.batch, workers=args.workers, pin=pin)
     options = fit_options(args)
     learner = trainer.build_learner(network, options, device=device, steps=-(-len(batches) // args.accumulate))
     before = trainer.resume(learner, run_dir / "last_checkpoint", config)

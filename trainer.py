@@ -14,12 +14,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from backends import Forward, out_of_memory, torch_forward
 from checkpoint import ModelConfig, load_checkpoint, save_checkpoint
-from dataset import Batch, EvaluationSet, Sample, evaluation_loader, load_image
+from dataset import Batch, EvaluationSet, Sample, TrainingBatches, evaluation_loader, load_image
 from image_io import IGNORE_INDEX, resize_image
 from metrics import Scorer
 from optim import Schedule, ScheduleOptions, build_optimiser
@@ -456,7 +455,7 @@ class _LossWatch:
 def fit(
     learner: Learner,
     config: ModelConfig,
-    batches: DataLoader[Any],
+    batches: TrainingBatches,
     val_sets: Mapping[str, EvaluationSet],
     loss: LossFunction,
     options: FitOptions,
@@ -466,7 +465,7 @@ def fit(
     """Train until the last epoch or until nothing improves; every epoch is scored, logged and saved.
 
     Args:
-        batches: the loader of training_loader. val_sets: by name, the main one first.
+        val_sets: by name, the main one first.
         report: takes one line for each epoch.
 
     Raises:
@@ -474,10 +473,10 @@ def fit(
         OSError: a checkpoint could not be written; the previous one is whole.
     """
     forward = torch_forward(learner.accelerator.unwrap_model(learner.model), str(learner.accelerator.device))
-    progress, main, workers = learner.progress, next(iter(val_sets)), batches.num_workers
+    progress, main, workers = learner.progress, next(iter(val_sets)), batches.workers
     while not is_finished(progress, options):
         begin = time.perf_counter()
-        batches.batch_sampler.set_epoch(progress.epoch)  # type: ignore[union-attr]
+        batches.set_epoch(progress.epoch)
         lr = learner.schedule.at(progress.epoch * learner.schedule.steps)
         train = train_one_epoch(learner, batches, loss, options, config.num_logits)
         scores = {

@@ -20,6 +20,7 @@ from dataset import (
     EpochSampler,
     EvaluationSet,
     Slot,
+    TrainingBatches,
     TrainingSet,
     crop_corner,
     cut_window,
@@ -27,7 +28,6 @@ from dataset import (
     load_image,
     load_mask,
     load_region,
-    training_loader,
 )
 from image_io import IGNORE_INDEX, ImageError, write_image, write_mask
 from pairing import (
@@ -410,8 +410,8 @@ def test_pixels_without_data_and_outside_the_region_are_ignored(tmp_path):
 # Slots
 
 
-def take_epoch(present, epoch=0, batch=4, crops=3, quota=0.33, seed=5):
-    sampler = EpochSampler(present, batch=batch, crops=crops, quota=quota, seed=seed)
+def take_epoch(present, epoch=0, crops=3, quota=0.33, seed=5):
+    sampler = EpochSampler(present, crops=crops, quota=quota, seed=seed)
     sampler.set_epoch(epoch)
     return sampler, list(sampler)
 
@@ -419,17 +419,15 @@ def take_epoch(present, epoch=0, batch=4, crops=3, quota=0.33, seed=5):
 PRESENT = st.lists(st.sampled_from([(), (1,), (1, 3), (0, 2)]), min_size=1, max_size=25)
 
 
-@given(PRESENT, st.integers(1, 9), st.integers(1, 6), st.sampled_from([0, 0.07, 0.33, 0.5, 1]), st.integers(0, 999))
+@given(PRESENT, st.integers(1, 6), st.sampled_from([0, 0.07, 0.33, 0.5, 1]), st.integers(0, 999))
 @settings(deadline=None, max_examples=150)
-def test_every_epoch_keeps_slots_quota_and_batches(present, batch, crops, quota, seed):
-    sampler, batches = take_epoch(present, epoch=seed % 3, batch=batch, crops=crops, quota=quota, seed=seed)
-    sizes = [sum(len(group) for group in groups) for groups in batches]
+def test_every_epoch_keeps_slots_and_quota(present, crops, quota, seed):
+    sampler, groups = take_epoch(present, epoch=seed % 3, crops=crops, quota=quota, seed=seed)
     total = len(present) * crops
-    assert len(sampler) == len(batches) and sum(sizes) == total
-    assert sizes[:-1] == [batch] * (len(sizes) - 1) and 1 <= sizes[-1] <= batch
-    assert all(len({slot.image for slot in group}) == 1 for groups in batches for group in groups)
-    assert all(len({group[0].image for group in groups}) == len(groups) for groups in batches), "one decode an image"
-    slots = [slot for groups in batches for group in groups for slot in group]
+    slots = [slot for group in groups for slot in group]
+    assert sampler.samples == len(slots) == total
+    assert all(len({slot.image for slot in group}) == 1 for group in groups)
+    assert len({group[0].image for group in groups}) == len(groups), "one decode an image"
     forced = [slot for slot in slots if slot.wanted is not None]
     assert all(slot.wanted in present[slot.image] for slot in forced)
     labelled = sum(bool(classes) for classes in present)
@@ -453,8 +451,40 @@ def test_slots_are_a_function_of_seed_and_epoch():
     assert list(sampler) == first
     assert take_epoch(present, epoch=1)[1] != first
     assert take_epoch(present, seed=6)[1] != first
-    seeds = [slot.seed for groups in first for group in groups for slot in group]
+    seeds = [slot.seed for group in first for slot in group]
     assert len(set(seeds)) == len(seeds)
+
+
+class NumberedSamples:
+    """Stands in for a TrainingSet: a sample holds the seed of its slot, and decodes are counted."""
+
+    def __init__(self):
+        self.decodes = Counter()
+
+    def __getitem__(self, slots):
+        self.decodes[slots[0].image] += 1
+        return [(str(s.image), np.full((1, 2, 2), s.seed, np.float32), np.zeros((2, 2), np.uint8)) for s in slots]
+
+
+@given(st.integers(1, 12), st.integers(1, 9), st.integers(1, 7))
+@settings(deadline=None, max_examples=60)
+def test_batches_hold_every_slot_once_and_mix_images(images, batch, crops):
+    data, sampler = NumberedSamples(), EpochSampler([(1,)] * images, crops=crops, quota=0.3, seed=2)
+    batches = TrainingBatches(data, sampler, batch=batch, workers=0, pin=False)
+    taken = list(batches)
+    sizes = [len(part.names) for part in taken]
+    assert len(batches) == len(taken) and sizes[:-1] == [batch] * (len(taken) - 1) and 1 <= sizes[-1] <= batch
+    seeds = [int(value) for part in taken for value in part.images[:, 0, 0, 0]]
+    expected = [int(np.float32(slot.seed)) for group in sampler for slot in group]
+    assert sorted(seeds) == sorted(expected)
+    assert set(data.decodes.values()) == {1}, "one decode an image"
+    assert [part.names for part in batches] == [part.names for part in taken], "the same epoch, the same batches"
+
+
+def test_a_batch_does_not_hold_one_image_alone():
+    sampler = EpochSampler([(1,)] * 8, crops=16, quota=0, seed=0)
+    for part in TrainingBatches(NumberedSamples(), sampler, batch=16, workers=0, pin=False):
+        assert len(set(part.names)) >= 3
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -569,9 +599,10 @@ def test_workers_do_not_change_samples(tiny_dataset, kind):
     augmentation = Augmentation("hard", rgb=True, value_range=(0, 255))
     seen = []
     for workers in (0, 2):
-        sampler = EpochSampler([(1,)] * len(pairs), batch=5, crops=2, quota=0.33, seed=1)
+        sampler = EpochSampler([(1,)] * len(pairs), crops=2, quota=0.33, seed=1)
         sampler.set_epoch(4)
-        loader = training_loader(TrainingSet(pairs, BINARY, config, augmentation), sampler, workers, pin=False)
+        samples = TrainingSet(pairs, BINARY, config, augmentation)
+        loader = TrainingBatches(samples, sampler, batch=5, workers=workers, pin=False)
         torch.manual_seed(workers)  # the global generator has no say
         state = torch.get_rng_state()
         seen.append(list(loader))

@@ -16,7 +16,7 @@ from augmentations import Augmentation
 from backends import torch_forward
 from checkpoint import Geometry, ModelConfig
 from classes import ClassMap
-from dataset import Batch, EpochSampler, EvaluationSet, TrainingSet, training_loader
+from dataset import Batch, EpochSampler, EvaluationSet, TrainingBatches, TrainingSet
 from image_io import write_image, write_mask
 from losses import build_loss
 from metrics import confusion_matrix
@@ -78,9 +78,9 @@ def test_four_images_are_learned_by_heart(tmp_path, labels, loss, geometry):
     folder = write_split(tmp_path / "four", "abcd", labels=(0, *labels), sizes=((32, 32), (36, 40)))
     config = make_config(labels, geometry)
     pairs, classes = find_split(folder, None, FileOptions()).pairs, ClassMap.from_config(config)
-    sampler = EpochSampler([(1,)] * 4, batch=4, crops=1, quota=0, seed=0)
+    sampler = EpochSampler([(1,)] * 4, crops=1, quota=0, seed=0)
     none = Augmentation("none", rgb=True, value_range=(0, 255))
-    batches = training_loader(TrainingSet(pairs, classes, config, none), sampler, 0, False)
+    batches = TrainingBatches(TrainingSet(pairs, classes, config, none), sampler, batch=4, workers=0, pin=False)
     learner, options = make_learner(make_network(config.num_logits), lr=0.01)
     function = build_loss(loss, num_logits=config.num_logits)
     for epoch in range(60):
