@@ -20,8 +20,9 @@ import numpy as np
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # Otherwise the import asks PyPI for a newer version.
 import albumentations as A  # noqa: E402
 
+from image_io import IGNORE_INDEX  # noqa: E402
+
 PRESETS = ("none", "safe", "light", "medium", "hard", "one", "vessel")
-IGNORE_INDEX = 255
 DTYPES = (np.uint8, np.uint16, np.float32)
 
 Limit = float | Sequence[float]

@@ -114,7 +114,7 @@ def add_split_args(parser: argparse.ArgumentParser, *, val_share: float | None) 
     group.add_argument("--ids", type=Path, metavar="CSV", help="use only the images named in its column id")
     group.add_argument(
         "--val-share",
-        type=share,
+        type=inner_share,
         default=val_share,
         metavar="X",
         help="part of a data set without val/ that is kept for validation, chosen by name",
@@ -177,12 +177,12 @@ def pick_threshold(wanted: float | str, known: Mapping[str, float]) -> float:
     """The number behind --thres.
 
     Raises:
-        ValueError: `best` was asked for and the checkpoint has none.
+        UsageError: `best` was asked for and the checkpoint has none.
     """
     if wanted != "best":
         return float(wanted)
     if "best" not in known:
-        raise ValueError("-t best: the checkpoint stores no best threshold (it has several classes); use -t 0.5")
+        raise UsageError("-t best: the checkpoint stores no best threshold (it has several classes); use -t 0.5")
     return known["best"]
 
 
@@ -365,6 +365,14 @@ def natural(text: str) -> int:
 def share(text: str) -> float:
     """Argparse type: a number from 0 to 1."""
     return _number(text, float, 0, 1)
+
+
+def inner_share(text: str) -> float:
+    """Argparse type: a number between 0 and 1, neither of them."""
+    value = share(text)
+    if value in (0, 1):
+        raise argparse.ArgumentTypeError(f"{text} leaves one side empty: expected a number between 0 and 1")
+    return value
 
 
 def threshold(text: str) -> float | str:

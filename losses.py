@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-IGNORE_INDEX = 255
+from image_io import IGNORE_INDEX
+
 LOSSES: dict[str, dict[str, float]] = {  # name -> its parameters and their defaults
     "dice": {},
     "jaccard": {},
@@ -261,25 +262,20 @@ def _tversky_weights(term: Term) -> dict[str, float]:
 
 
 def _pixel_losses(term: Term, logits: Tensor, mask: Tensor) -> Tensor:
-    """The loss of each pixel, (N, H, W); see cross_entropy, one_vs_rest and focal."""
-    functions: dict[str, Callable[..., Tensor]] = {"bce": one_vs_rest, "ce": cross_entropy, "focal": focal}
+    """The loss of each pixel, (N, H, W); see cross_entropy and focal."""
+    functions: dict[str, Callable[..., Tensor]] = {"bce": cross_entropy, "ce": cross_entropy, "focal": focal}
     return functions[term.name](logits, mask, **term.parameters)
 
 
 def cross_entropy(logits: Tensor, mask: Tensor) -> Tensor:
-    """Softmax cross entropy of each pixel, (N, H, W); of a single logit the sigmoid kind."""
+    """Cross entropy of each pixel, (N, H, W): softmax over the classes, sigmoid of a single logit.
+
+    One loss under both names, so that it always belongs to the probabilities that the network is used with.
+    """
     if logits.shape[1] == 1:
-        return one_vs_rest(logits, mask)
+        truth = (mask == 1).to(logits.dtype)
+        return F.binary_cross_entropy_with_logits(logits[:, 0], truth, reduction="none")
     return F.cross_entropy(logits, mask, reduction="none")
-
-
-def one_vs_rest(logits: Tensor, mask: Tensor) -> Tensor:
-    """Sigmoid cross entropy of each pixel, (N, H, W): mean over the logits, each its class against the rest."""
-    num_logits = logits.shape[1]
-    first = 1 if num_logits == 1 else 0
-    classes = torch.arange(first, first + num_logits, device=mask.device)[None, :, None, None]
-    truth = (mask[:, None] == classes).to(logits.dtype)  # (N, K, H, W)
-    return F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(dim=1)
 
 
 def focal(logits: Tensor, mask: Tensor, gamma: float) -> Tensor:

@@ -251,10 +251,12 @@ def find_problems(listings: Sequence[Listing], facts: Sequence[PairFacts]) -> tu
                 warnings.append(f"{path} has no pixel with data")
             elif layer.error is None and layer.low == layer.high:
                 warnings.append(f"{path} is constant: every pixel is {layer.low:g}")
-    errors += _mixed([(item.pair.image, f"{item.channels} channels") for item in facts if item.channels], "channels")
+    channels = [(item.pair.image, f"{item.channels} channels") for item in facts if item.channels]
+    errors += _mixed(channels, "channels", "One data set needs the same number everywhere.")
     for place in range(len(facts[0].layers) if facts else 0):
         layers = [(item.pair.layers[place], item.layers[place].dtype) for item in facts]
-        warnings += _mixed([(path, dtype) for path, dtype in layers if dtype], "pixel types")
+        types = [(path, dtype) for path, dtype in layers if dtype]
+        warnings += _mixed(types, "pixel types", "They share one mean and deviation: convert them to one scale first.")
     return errors, warnings
 
 
@@ -279,14 +281,14 @@ def _pair_errors(item: PairFacts) -> list[str]:
     return errors
 
 
-def _mixed(found: Sequence[tuple[Path, str]], what: str) -> list[str]:
+def _mixed(found: Sequence[tuple[Path, str]], what: str, effect: str) -> list[str]:
     kinds: dict[str, list[Path]] = {}
     for path, kind in found:
         kinds.setdefault(kind, []).append(path)
     if len(kinds) < 2:
         return []
     listed = "; ".join(f"{kind}: {len(paths)} images, such as {paths[0]}" for kind, paths in kinds.items())
-    return [f"images differ in {what}: {listed}. One data set needs the same {what} everywhere."]
+    return [f"images differ in {what}: {listed}. {effect}"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ from typing import Any
 
 import cli
 
+MAX_STRIDE = 64  # of networks that take any multiple of it; more is the one size that a fixed network takes
+
 
 def build_parser() -> argparse.ArgumentParser:
     """Flags of train.py."""
@@ -203,8 +205,9 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def weights_file(args: argparse.Namespace) -> Path | None:
-    """The file that --encoder-weights names, if it names one."""
-    return None if args.encoder_weights.lower() in ("imagenet", "none") else Path(args.encoder_weights)
+    """The file that --encoder-weights names, if it names one; a word without a suffix names published weights."""
+    path = Path(args.encoder_weights)
+    return path if path.suffix or len(path.parts) > 1 or path.exists() else None
 
 
 def class_weights(args: argparse.Namespace) -> list[float] | None:
@@ -259,6 +262,8 @@ def build_config(args: argparse.Namespace, data: Data, stride: int, min_side: in
             raise ValueError(
                 f"--image-size {side}: {args.model} takes multiples of {stride} from {min_side} on; try {fit}"
             )
+    if args.crops and stride > MAX_STRIDE:
+        raise ValueError(f"{args.encoder} takes images of {stride}x{stride} only: leave --crops out, or take another")
     if args.crops:
         tile = max(min(1024, 4 * max(size)), *size)
         geometry = Geometry("crops", size, tile=tile, overlap=tile // 4, halo=tile // 16)
@@ -382,26 +387,35 @@ def train(args: argparse.Namespace, data: Data, run_dir: Path, device: str, reco
     before = trainer.resume(learner, run_dir / "last_checkpoint", config)
     if before:
         print(f"going on in {run_dir} after epoch {learner.progress.epoch}")
-        say_changes(run_dir, record["flags"], before, config)
+        say_changes(run_dir, record["flags"], before, config, named=bool(args.exp_name))
     run = RunFolder(run_dir, epoch=learner.progress.epoch, val_names=[data.val_name], decimal=args.decimal)
     write_text(run_dir / "args.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     run.log_flags(record["flags"])
     val_set = EvaluationSet(data.val, data.classes, config)
     if trainer.is_finished(learner.progress, options):
         ended = "early stopping" if learner.progress.epoch < args.epochs else f"--epochs {args.epochs}"
-        print(f"the run is complete: {ended} ended it after epoch {learner.progress.epoch}")
+        print(
+            f"the run is complete: {ended} ended it after epoch {learner.progress.epoch}; nothing is trained. "
+            "To train on: a larger --epochs; to train anew: another --exp-name"
+        )
     trainer.fit(learner, config, batches, {data.val_name: val_set}, loss, options, run, print)
     finish(args, run, val_set, learner, device)
 
 
-def say_changes(run_dir: Path, flags: dict[str, Any], saved: Any, config: Any) -> None:
-    """Name what differs from what the run was started with: flags, and the statistics of the training images."""
+def say_changes(run_dir: Path, flags: dict[str, Any], saved: Any, config: Any, *, named: bool) -> None:
+    """Name what differs from what the run was started with: flags, and the statistics of the training images.
+
+    Raises:
+        ValueError: the run was not `named` by the user and belongs to another data set.
+    """
     if (saved.mean, saved.std) != (config.mean, config.std):
         print(f"warning: the training images changed since this run began: mean was {saved.mean}, is {config.mean}")
     path = run_dir / "args.json"
     if not path.is_file():
         return
     before = json.loads(path.read_text(encoding="utf-8"))["flags"]
+    if not named and Path(before["dataset"]).resolve() != Path(flags["dataset"]).resolve():
+        raise ValueError(f"{run_dir} holds a run on {before['dataset']}; give this one a name with --exp-name")
     quiet = {"epochs", "workers", "log_dir", "exp_name", "baselines", "cpu", "device", "encoder_weights", "init_from"}
     quiet |= {"decimal", "worst"}
     for name in sorted(flags.keys() & before.keys() - quiet):
@@ -421,7 +435,7 @@ def finish(args: argparse.Namespace, run: Any, val_set: Any, learner: Any, devic
     network = learner.accelerator.unwrap_model(learner.model)
     network.load_state_dict(saved["model_state_dict"])
     forward = torch_forward(network, device)
-    predictions = trainer.predict_samples(forward, val_set, batch=config.batch, workers=args.workers)
+    predictions = trainer.predict_samples(forward, val_set, workers=args.workers)
     result = trainer.evaluate(predictions, trainer.build_scorer(config, empty=args.empty))
     print(f"\nbest epoch {saved['epoch']} of {learner.progress.epoch}, {run.best_path}")
     print(metrics.score_table(result.summary))

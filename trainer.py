@@ -51,7 +51,7 @@ class Prediction:
 
 
 def predict_samples(
-    forward: Forward, data: EvaluationSet, *, batch: int, workers: int, description: str = ""
+    forward: Forward, data: EvaluationSet, *, workers: int, description: str = ""
 ) -> Iterator[Prediction]:
     """Predict whole images in order, as the geometry of the checkpoint says.
 
@@ -59,11 +59,11 @@ def predict_samples(
     larger than one. Outside the region where pixels count everything is background.
     """
     config = data.config
-    loader = evaluation_loader(data, batch, workers)
+    loader = evaluation_loader(data, config.batch, workers)
     with tqdm(total=len(data), desc=description, leave=False, disable=not description or None, unit="img") as bar:
         for samples in loader:
             predict = _predict_resized if config.geometry.kind == "resize" else _predict_native
-            for sample, probs in zip(samples, predict(forward, samples, config, batch), strict=True):
+            for sample, probs in zip(samples, predict(forward, samples, config), strict=True):
                 mask = None if sample.mask is None else sample.mask.numpy()
                 if sample.region is not None:
                     clear_outside(probs, sample.region.numpy(), has_background=0 not in config.labels)
@@ -85,18 +85,14 @@ def clear_outside(probs: np.ndarray, region: np.ndarray, *, has_background: bool
         probs[0, ~region] = 1
 
 
-def _predict_resized(
-    forward: Forward, samples: Sequence[Sample], config: ModelConfig, batch: int
-) -> Iterator[np.ndarray]:
+def _predict_resized(forward: Forward, samples: Sequence[Sample], _: ModelConfig) -> Iterator[np.ndarray]:
     for sample, probs in zip(samples, forward(np.stack([s.tensor.numpy() for s in samples])), strict=True):
         if not np.isfinite(probs).all():
             raise ValueError(f"{sample.pair.image}: the network's probabilities are not finite")
         yield np.ascontiguousarray(resize_image(probs.transpose(1, 2, 0), sample.size).transpose(2, 0, 1))
 
 
-def _predict_native(
-    forward: Forward, samples: Sequence[Sample], config: ModelConfig, batch: int
-) -> Iterator[np.ndarray]:
+def _predict_native(forward: Forward, samples: Sequence[Sample], config: ModelConfig) -> Iterator[np.ndarray]:
     geometry = config.geometry
     for sample in samples:
         try:
@@ -108,7 +104,7 @@ def _predict_native(
                 halo=geometry.halo,
                 stride=config.stride,
                 min_side=config.min_side,
-                batch_size=batch,
+                batch_size=config.batch,
             )
         except RuntimeError as error:
             raise RuntimeError(f"{sample.pair.image}: {error}") from error
@@ -122,11 +118,6 @@ class Evaluation:
     loss: float | None
     summary: dict[str, Any]
     worst: list[tuple[float, Pair, np.ndarray, np.ndarray]] = field(default_factory=list)
-
-    @property
-    def iou(self) -> float | None:
-        """Headline IoU: the object's, or the mean over classes."""
-        return self.summary["iou"]
 
 
 def evaluate(
@@ -481,7 +472,7 @@ def fit(
         train = train_one_epoch(learner, batches, loss, options, config.num_logits)
         scores = {
             name: evaluate(
-                predict_samples(forward, data, batch=config.batch, workers=workers, description=f"scoring {name}"),
+                predict_samples(forward, data, workers=workers, description=f"scoring {name}"),
                 build_scorer(config, empty=options.empty),
                 loss=loss,
                 keep_worst=options.keep_worst,

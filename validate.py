@@ -83,7 +83,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"checkpoint {path}: {config.architecture} {config.encoder}, {config.geometry.kind}; device: {device}")
         threshold = cli.pick_threshold(args.thres, config.thresholds)
         if config.num_logits > 1 and threshold != 0.5:
-            raise ValueError(f"-t {threshold:g} is for one class; of several the likeliest wins, without a threshold")
+            raise cli.UsageError(
+                f"-t {threshold:g} is for one class; of several the likeliest wins, without a threshold"
+            )
         config = with_overrides(config, args)
         listing = find_files(args, config)
         folder = args.output_dir or default_output(path, listing, args.split, threshold)
@@ -195,13 +197,13 @@ def choose_outputs(args: argparse.Namespace, folder: Path, config: ModelConfig) 
     """What to write, from the flags.
 
     Raises:
-        ValueError: a flag that is for one class, and the checkpoint has several.
+        cli.UsageError: a flag that is for one class, and the checkpoint has several.
     """
     from outputs import Outputs
 
     for flag, given in (("--binary", args.binary), ("--cldice", args.cldice), ("--objects", args.objects)):
         if given and config.num_logits > 1:
-            raise ValueError(f"{flag} is for one class, the checkpoint has {', '.join(config.class_names)}")
+            raise cli.UsageError(f"{flag} is for one class, the checkpoint has {', '.join(config.class_names)}")
     if args.com:
         return Outputs(folder, masks=False)
     plots = args.plots or args.only_plots or args.vis
@@ -226,9 +228,7 @@ def validate(
     scorer = trainer.build_scorer(config, threshold=threshold, empty=args.empty)
     extra = ExtraScores(args.objects, args.cldice)
     data = EvaluationSet(listing.pairs, ClassMap.from_config(config), config, with_images=outputs.plots)
-    predictions = trainer.predict_samples(
-        forward, data, batch=config.batch, workers=args.workers, description="predicting"
-    )
+    predictions = trainer.predict_samples(forward, data, workers=args.workers, description="predicting")
     seen = write_outputs(predictions, config, outputs, threshold, extra)
     result = trainer.evaluate(seen, scorer, keep_worst=args.worst)
     if not listing.has_masks:

@@ -123,6 +123,7 @@ def test_version_names_commit_and_libraries(capsys):
         (["--amp", "fp16", "--cpu"], ["--amp fp16 needs a GPU", "bf16"]),
         (["--device", "gpu"], ["--device gpu is unknown", "cuda:N"]),
         (["--device", "cuda:x"], ["--device cuda:x", "'x' is no number"]),
+        (["--val-share", "1"], ["--val-share", "leaves one side empty"]),
         (["--init-from", "absent.pth"], ["--init-from absent.pth", "no such file"]),
         (["--encoder-weights", "absent.pth"], ["--encoder-weights absent.pth", "no such file"]),
         (["--optimiser", "Adam"], ["unrecognized arguments: --optimiser"]),

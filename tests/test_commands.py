@@ -229,7 +229,7 @@ def test_raw_holds_probabilities_and_is_never_stretched(trained, discs, tmp_path
 
     config, forward = load_forward(trained / "run.pth", "cpu")
     data = EvaluationSet(find_split(discs / "val", None, FileOptions()).pairs, ClassMap.from_config(config), config)
-    for prediction in predict_samples(forward, data, batch=3, workers=0):
+    for prediction in predict_samples(forward, data, workers=0):
         name = prediction.sample.pair.name
         raw = read_image(tmp_path / "raw" / f"{name}.png")
         assert raw.dtype == np.uint16
@@ -283,20 +283,20 @@ def test_best_threshold_of_the_checkpoint(trained, discs, tmp_path, capsys):
 def test_best_threshold_of_several_classes_is_an_error(crops_run, colours, capsys):
     with pytest.raises(SystemExit) as stop:
         run_validate("-d", colours / "val", "-cd", crops_run, "-t", "best")
-    assert stop.value.code == 1 and "the checkpoint stores no best threshold" in capsys.readouterr().err
+    assert stop.value.code == 2 and "the checkpoint stores no best threshold" in capsys.readouterr().err
 
 
 def test_a_threshold_for_several_classes_is_an_error(crops_run, colours, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         run_validate("-d", colours / "val", "-cd", crops_run, "-t", 0.3, "-o", tmp_path / "out")
-    assert stop.value.code == 1 and "-t 0.3 is for one class" in capsys.readouterr().err
+    assert stop.value.code == 2 and "-t 0.3 is for one class" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_binary_of_several_classes_is_an_error(crops_run, colours, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         run_validate("-d", colours / "val", "-cd", crops_run, "--binary", "-o", tmp_path / "out")
-    assert stop.value.code == 1 and "--binary is for one class" in capsys.readouterr().err
+    assert stop.value.code == 2 and "--binary is for one class" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -406,3 +406,22 @@ def test_region_of_interest_is_kept_from_training(discs, tmp_path, capsys):
     shutil.rmtree(data / "val" / "fov")
     run_validate("-d", data / "val", "-cd", run, "--com")
     assert "all pixels count, though the network was trained on that region" in capsys.readouterr().out
+
+
+def test_a_run_without_a_name_refuses_another_data_set(tmp_path, capsys):
+    for place in ("x", "y"):
+        write_dataset(tmp_path / place / "data")
+    train.main(["-d", str(tmp_path / "x" / "data"), "-e", "1", *SMALL])
+    with pytest.raises(SystemExit) as stop:
+        train.main(["-d", str(tmp_path / "y" / "data"), "-e", "2", *SMALL])
+    message = capsys.readouterr().err
+    assert stop.value.code == 1 and "holds a run on" in message and "--exp-name" in message
+
+
+def test_a_network_of_one_size_takes_no_crops(discs, tmp_path, capsys, monkeypatch):
+    import model
+
+    monkeypatch.setattr(model, "stride_and_min_side", lambda *_: (224, 224))
+    with pytest.raises(SystemExit) as stop:
+        run_train(discs, tmp_path, "--crops", 2, "--image-size", 224)
+    assert stop.value.code == 1 and "takes images of 224x224 only: leave --crops out" in capsys.readouterr().err

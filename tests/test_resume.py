@@ -212,7 +212,10 @@ def test_a_complete_run_says_so(data, tmp_path, capsys):
     capsys.readouterr()
     train.main(words)
     out = capsys.readouterr().out
-    assert "the run is complete: --epochs 1 ended it after epoch 1" in out and "best epoch 1 of 1" in out
+    assert (
+        "the run is complete: --epochs 1 ended it after epoch 1; nothing is trained" in out
+        and "best epoch 1 of 1" in out
+    )
     for name in ("run.pth", "last_checkpoint", "metrics.jsonl", "_iou_per_epoch_val.csv"):
         assert (tmp_path / "run" / name).read_bytes() == kept[name]
 

@@ -106,7 +106,7 @@ def test_channel_counts_that_differ(root):
     images = root / "train" / "images"
     assert error == (
         f"images differ in channels: 3 channels: 5 images, such as {images}/a0.png; 1 channels: 1 images, such as "
-        f"{images}/a1.png. One data set needs the same channels everywhere."
+        f"{images}/a1.png. One data set needs the same number everywhere."
     )
 
 
