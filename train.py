@@ -393,11 +393,10 @@ def train(args: argparse.Namespace, data: Data, run_dir: Path, device: str, reco
     run.log_flags(record["flags"])
     val_set = EvaluationSet(data.val, data.classes, config)
     if trainer.is_finished(learner.progress, options):
-        ended = "early stopping" if learner.progress.epoch < args.epochs else f"--epochs {args.epochs}"
-        print(
-            f"the run is complete: {ended} ended it after epoch {learner.progress.epoch}; nothing is trained. "
-            "To train on: a larger --epochs; to train anew: another --exp-name"
-        )
+        early = learner.progress.epoch < args.epochs
+        why = "early stopping ended it" if early else f"--epochs asks for {args.epochs}"
+        print(f"the run is complete: {learner.progress.epoch} epochs are done and {why}; nothing is trained")
+        print("to train on: a larger --epochs; to train anew: another --exp-name")
     trainer.fit(learner, config, batches, {data.val_name: val_set}, loss, options, run, print)
     finish(args, run, val_set, learner, device)
 

@@ -96,10 +96,10 @@ def measure(args: argparse.Namespace, device: str) -> None:
         floor.append(seconds(lambda: bare_epoch(bare, batches, loss), device))
         ours.append(seconds(lambda: train_one_epoch(looped, batches, loss, options, 1), device))
     ratios = [own / base for own, base in zip(ours, floor, strict=True)]
-    print(f"{args.model} {args.encoder}, {count_parameters(network) / 1e6:.1f} M parameters, batch {args.batch} of")
+    print(f"{args.model} {args.encoder}, {count_parameters(network) / 1e6:.1f} M parameters, {device}")
     print(
-        f"{args.size} px, {device}, {torch.get_num_threads()} threads; "
-        f"median of {args.rounds} turns of {args.steps} steps"
+        f"batch {args.batch} of {args.size} px, {torch.get_num_threads()} threads, "
+        f"{args.rounds} turns of {args.steps} steps"
     )
     print(f"{'forward + backward + step':<28}{statistics.median(floor) / args.steps:>9.3f} s a step")
     print(f"{'train_one_epoch':<28}{statistics.median(ours) / args.steps:>9.3f} s a step")

@@ -213,7 +213,7 @@ def test_a_complete_run_says_so(data, tmp_path, capsys):
     train.main(words)
     out = capsys.readouterr().out
     assert (
-        "the run is complete: --epochs 1 ended it after epoch 1; nothing is trained" in out
+        "the run is complete: 1 epochs are done and --epochs asks for 1; nothing is trained" in out
         and "best epoch 1 of 1" in out
     )
     for name in ("run.pth", "last_checkpoint", "metrics.jsonl", "_iou_per_epoch_val.csv"):

@@ -403,7 +403,7 @@ def test_early_stopping_ends_the_run_and_says_so(tmp_path, capsys):
     assert 2 <= len(lines) < 10
     capsys.readouterr()
     run(root, tmp_path / "logs", *more)
-    assert f"the run is complete: early stopping ended it after epoch {len(lines)}" in capsys.readouterr().out
+    assert f"the run is complete: {len(lines)} epochs are done and early stopping ended it" in capsys.readouterr().out
 
 
 def test_an_exploding_run_stops_with_a_message_and_keeps_the_last_epoch(tmp_path, capsys):

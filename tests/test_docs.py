@@ -1,0 +1,102 @@
+"""Documents that must stay true: docs/flags.md is what the parsers say, README's commands parse and its files exist.
+
+Write docs/flags.md anew with: python -m tests.test_docs
+"""
+
+import argparse
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FLAGS_PAGE = ROOT / "docs" / "flags.md"
+
+
+def list_commands() -> list[str]:
+    """Modules with a build_parser: the commands, then those of dataset_utils and benchmarks."""
+    files = [
+        *sorted(ROOT.glob("*.py")),
+        *sorted(ROOT.glob("dataset_utils/*.py")),
+        *sorted(ROOT.glob("benchmarks/*.py")),
+    ]
+    found = [path for path in files if "def build_parser" in path.read_text(encoding="utf-8")]
+    return [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in found]
+
+
+def load_parser(name: str) -> argparse.ArgumentParser:
+    return importlib.import_module(name).build_parser()
+
+
+def flags_page() -> str:
+    """The whole text of docs/flags.md."""
+    lines = ["# Flags of every command", "", "Printed from the parsers by `python -m tests.test_docs`."]
+    for name in list_commands():
+        call = f"python {name}.py" if "." not in name else f"python -m {name}"
+        parser = load_parser(name)
+        lines += ["", f"## {call}", "", str(parser.description), "", "| flag | default | meaning |", "|---|---|---|"]
+        for action in parser._actions:
+            if not isinstance(action, argparse._HelpAction):
+                lines.append(f"| {flag_words(action)} | {default_words(action)} | {action.help} |")
+    return "\n".join(lines) + "\n"
+
+
+def flag_words(action: argparse.Action) -> str:
+    if action.choices:
+        value = f" {{{','.join(map(str, action.choices))}}}"
+    else:
+        value = f" {action.metavar}" if action.metavar else ""
+    return f"`{' '.join(action.option_strings)}{value}`"
+
+
+def default_words(action: argparse.Action) -> str:
+    if action.required:
+        return "required"
+    if action.default in (None, False, [], "", argparse.SUPPRESS):
+        return ""
+    value = " ".join(map(str, action.default)) if isinstance(action.default, (list, tuple)) else action.default
+    return f"`{value}`"
+
+
+def test_flags_page_is_what_the_parsers_say():
+    assert FLAGS_PAGE.read_text(encoding="utf-8") == flags_page(), "run: python -m tests.test_docs"
+
+
+def readme() -> str:
+    return (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def readme_commands() -> list[str]:
+    """Command lines `python ...` in README's shell blocks, continuation lines joined."""
+    blocks = re.findall(r"```bash\n(.*?)```", readme(), flags=re.DOTALL)
+    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if line.startswith("python ")]
+
+
+def test_readme_has_commands():
+    assert len(readme_commands()) >= 5
+
+
+@pytest.mark.parametrize("line", readme_commands())
+def test_readme_commands_parse(line):
+    words = shlex.split(line.replace("$D", "data"), comments=True)[1:]
+    name = words[1] if words[0] == "-m" else words[0].removesuffix(".py")
+    load_parser(name).parse_args(words[2:] if words[0] == "-m" else words[1:])
+
+
+def test_files_named_in_the_readme_exist():
+    tree = readme().split("## Files")[1].split("```")[1]
+    named = [line.split()[0] for line in tree.splitlines() if line.strip() and line.split()[0] != "text"]
+    missing = [name for name in named if not (ROOT / name).exists()]
+    assert named and not missing
+
+
+def test_links_of_the_readme_exist():
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", readme()) if "://" not in link]
+    assert links and [link for link in links if not (ROOT / link).exists()] == []
+
+
+if __name__ == "__main__":
+    FLAGS_PAGE.write_text(flags_page(), encoding="utf-8")
