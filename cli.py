@@ -398,7 +398,8 @@ def _number(text: str, kind: type, low: float, high: float | None) -> Any:
     try:
         value = kind(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {kind.__name__}") from None
+        expected = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {expected}") from None
     if not (low <= value < math.inf and (high is None or value <= high)):
         raise argparse.ArgumentTypeError(f"{text} is out of range: expected a number {limits}")
     return value

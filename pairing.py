@@ -93,7 +93,12 @@ def split_folder(root: Path, split: str | None) -> Path | None:
         return folder
     if split and ((root / "images").is_dir() or _splits_of(root)):
         return None
-    found = f"the splits {' '.join(_splits_of(root))}" if _splits_of(root) else "no images/ and no split in it"
+    splits = _splits_of(root)
+    if splits and not split:
+        raise DatasetError(
+            f"{root} has the splits {' '.join(splits)}; give the folder of one, such as {root / splits[-1]}"
+        )
+    found = f"the splits {' '.join(splits)}" if splits else "no images/ and no split in it"
     raise DatasetError(
         f"{root} has {found}. Expected {root}/images with {root}/gt, or {root}/train/images with {root}/train/gt; "
         "give one of these folders."
@@ -269,7 +274,12 @@ def share_by_name(pairs: Sequence[Pair], share: float, pattern: str | None) -> t
     group_of = {pair.name: _group(pair.name, pattern) for pair in pairs}
     groups = sorted(set(group_of.values()), key=lambda name: hashlib.sha256(name.encode()).digest())
     if len(groups) < 2:
-        raise DatasetError(f"{len(groups)} group of images cannot be split into train and val; give --val-dir")
+        why = (
+            f"--group-pattern {pattern!r} puts all {len(pairs)} images into one group"
+            if pattern
+            else f"images: {len(pairs)}"
+        )
+        raise DatasetError(f"{len(groups)} group of images cannot be split into train and val ({why}); give --val-dir")
     chosen = set(groups[: min(max(1, round(share * len(groups))), len(groups) - 1)])
     sides: tuple[list[Pair], list[Pair]] = ([], [])
     for pair in pairs:

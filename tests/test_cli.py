@@ -114,7 +114,7 @@ def test_version_names_commit_and_libraries(capsys):
         (["--image-size", "1", "2", "3"], ["--image-size", "found 3"]),
         (["--image-size", "0"], ["--image-size", "0 is out of range"]),
         (["-e", "0"], ["--epochs", "out of range"]),
-        (["-b", "many"], ["--batch", "'many' is not a int"]),
+        (["-b", "many"], ["--batch", "'many' is not a whole number"]),
         (["-lr", "0"], ["-lr", "above 0"]),
         (["-lr", "inf"], ["-lr", "out of range"]),
         (["--clip", "-1"], ["--clip"]),
@@ -154,7 +154,7 @@ def test_cuda_without_a_gpu_is_an_error(capsys, tmp_path, monkeypatch):
         ([], "one of the arguments -c/--check-path -cd/--check-dir is required"),
         (["-c", "a", "-cd", "b"], "not allowed with argument"),
         (["-c", "a", "-t", "1.5"], "out of range"),
-        (["-c", "a", "-t", "good"], "is not a float"),
+        (["-c", "a", "-t", "good"], "is not a number"),
         (["-c", "a", "--empty", "two"], "invalid choice: 'two'"),
     ],
 )
@@ -305,7 +305,7 @@ def test_bad_settings(text, part, tmp_path, capsys):
 def test_a_bad_value_in_settings_is_an_error(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         parse({"epochs": "many", "dataset": "x"}, [], tmp_path)
-    assert stop.value.code == 2 and "'many' is not a int" in capsys.readouterr().err
+    assert stop.value.code == 2 and "'many' is not a whole number" in capsys.readouterr().err
 
 
 # ---- errors ----
