@@ -258,12 +258,16 @@ def write_outputs(
             image = prediction.sample.image.numpy()
             write_plot(outputs, config, pair.name, image=image, mask=mask, pred=pred, probs=probs, scores=scores)
         if mask is not None:
-            score_extra(extra, pair, pred, mask)
+            score_extra(extra, pair, pred, mask, instances=config.mask_threshold is None)
         yield prediction
 
 
-def score_extra(extra: ExtraScores, pair: Pair, pred: np.ndarray, mask: np.ndarray) -> None:
-    """Add the object and centre-line scores of one image."""
+def score_extra(extra: ExtraScores, pair: Pair, pred: np.ndarray, mask: np.ndarray, *, instances: bool = True) -> None:
+    """Add the object and centre-line scores of one image.
+
+    Args:
+        instances: the mask file may be an instance map; False for grey masks under a threshold.
+    """
     from image_io import IGNORE_INDEX
     from object_metrics import cldice, object_scores
 
@@ -274,7 +278,7 @@ def score_extra(extra: ExtraScores, pair: Pair, pred: np.ndarray, mask: np.ndarr
         if value is not None:
             extra.lines.append(value)
     if extra.objects:
-        scores = object_scores(components(found), true_objects(pair, truth))
+        scores = object_scores(components(found), true_objects(pair, truth) if instances else components(truth))
         extra.object_sums = scores if extra.object_sums is None else extra.object_sums + scores
 
 
@@ -327,6 +331,18 @@ def log_tensorboard(args: argparse.Namespace, folder: Path, summary: dict[str, A
             writer.add_image(f"validate worst/{place + 1}", shrink_panel(panel), dataformats="HWC")
 
 
+def objects_line(scores: dict[str, Any]) -> str:
+    """The object scores that matter most; all of them are in _metrics.json."""
+    by_limit = ", ".join(f"{score_text(row['f1'])} at IoU {row['iou']:g}" for row in scores["at"][::5])
+    found, true, mean = scores["predicted"], scores["true"], score_text(scores["f1"])
+    return f"objects: {found} predicted, {true} true; F1 {by_limit}, mean of 0.5 to 0.95 {mean}"
+
+
+def score_text(value: float | None) -> str:
+    """Four decimals, or a dash where it is undefined."""
+    return "-" if value is None else f"{value:.4f}"
+
+
 def report(summary: dict[str, Any], args: argparse.Namespace, path: Path, folder: Path) -> None:
     """Print the scores, and write them as JSON."""
     from image_io import write_text
@@ -335,9 +351,10 @@ def report(summary: dict[str, Any], args: argparse.Namespace, path: Path, folder
     print(score_table(summary))
     for name, scores in summary.get("baselines", {}).items():
         print(f"for comparison: {name} IoU {scores['iou']:.4f} Dice {scores['dice']:.4f}")
-    for name in ("objects", "cldice"):
-        if name in summary:
-            print(f"{name}: {json.dumps(summary[name])}")
+    if "objects" in summary:
+        print(objects_line(summary["objects"]))
+    if "cldice" in summary:
+        print(f"clDice {score_text(summary['cldice'])}")
     text = json.dumps({"checkpoint": str(path), **summary}, indent=2, ensure_ascii=False) + "\n"
     write_text(args.metrics_json or folder / "_metrics.json", text)
     print(f"tensorboard --logdir {shlex.quote(str(args.log_dir))}")

@@ -16,6 +16,7 @@ import train
 import validate
 from checkpoint import load_checkpoint
 from image_io import read_image, read_mask
+from pairing import Pair
 
 SMALL = ["-m", "plain-unet", "--encoder", "plain-8", "--image-size", "32", "-b", "3", "-a", "safe", "-w", "0", "--cpu"]
 
@@ -355,6 +356,28 @@ def test_validation_logs_to_tensorboard(trained, discs, tmp_path):
     assert {"validate/iou", "validate/auc", "validate class iou/object"} <= set(events.Tags()["scalars"])
     assert len(events.Scalars("validate/iou by threshold in percent")) == 19
     assert "validate worst/1" in events.Tags()["images"]
+
+
+def test_grey_masks_under_a_threshold_are_no_instance_maps(tmp_path):
+    grey = np.zeros((8, 8), np.uint8)
+    grey[2:6, 2:6] = np.arange(240, 256).reshape(4, 4)
+    cv2.imwrite(str(tmp_path / "a.png"), grey)
+    pair = Pair("a", tmp_path / "a.png", tmp_path / "a.png")
+    counts = {}
+    for instances in (True, False):
+        extra = validate.ExtraScores(objects=True, cldice=False)
+        inside = (grey > 127).astype(np.uint8)
+        validate.score_extra(extra, pair, inside, inside, instances=instances)
+        counts[instances] = extra.object_sums.summary()["true"]
+    assert counts == {True: 16, False: 1}
+
+
+def test_object_scores_are_one_readable_line(trained, discs, tmp_path, capsys):
+    run_validate("-d", discs / "val", "-cd", trained, "-o", tmp_path, "--com", "--objects", "--cldice")
+    lines = capsys.readouterr().out.splitlines()
+    line = next(line for line in lines if line.startswith("objects: "))
+    assert " predicted, " in line and " at IoU 0.5, " in line and "{" not in line
+    assert any(line.startswith("clDice ") for line in lines)
 
 
 def test_objects_and_centre_lines(trained, discs, tmp_path):
