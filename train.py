@@ -75,7 +75,7 @@ def add_optimisation_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "-e", "--epochs", type=cli.positive_int, default=50, metavar="N", help="epochs in all, also on resume"
     )
-    group.add_argument("-lr", type=cli.positive_float, default=1e-3, metavar="X", help="highest learning rate")
+    group.add_argument("-lr", "--lr", type=cli.positive_float, default=1e-3, metavar="X", help="highest learning rate")
     group.add_argument("--loss", default="DiceLoss", metavar="SUM", help='a loss or a sum such as "0.3*ce+0.7*dice"')
     group.add_argument(
         "--class-weights", nargs="+", metavar="W", help="a number per class, or auto from the label counts"

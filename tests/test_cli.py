@@ -349,3 +349,7 @@ def test_errors_of_loader_processes_lose_their_traceback():
         next(iter(torch.utils.data.DataLoader(Broken(), num_workers=1)))
     assert cli.plain_message(caught.value) == "b07.png is truncated: 3 of 40 rows.\nUse another copy."
     assert cli.plain_message(ValueError("Caught a fish")) == "Caught a fish"
+
+
+def test_the_learning_rate_has_a_long_spelling():
+    assert train.build_parser().parse_args(["-d", "a", "--lr", "0.5"]).lr == 0.5

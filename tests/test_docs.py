@@ -47,7 +47,8 @@ def flag_words(action: argparse.Action) -> str:
     if action.choices:
         value = f" {{{','.join(map(str, action.choices))}}}"
     else:
-        value = f" {action.metavar}" if action.metavar else ""
+        metavar = " ".join(action.metavar) if isinstance(action.metavar, tuple) else action.metavar
+        value = f" {metavar}" if metavar else ""
     return f"`{' '.join(action.option_strings)}{value}`"
 
 
