@@ -89,7 +89,7 @@ class ClassMap:
 class ClassOptions:
     """Which mask values are learned.
 
-    labels: such as "64 128", or "nonzero", or None: masks of 0 and x mean x. max_mask_val: learn 1 to N instead.
+    labels: such as "64 128", or "nonzero", or None: masks of 0 and x mean x. max_mask_val: learn 1 to N, whatever labels says.
     mask_threshold: values above it are the object instead. ignore_label: a value that counts nowhere.
     """
 
@@ -111,6 +111,9 @@ def resolve_classes(options: ClassOptions, counts: Counter[int]) -> ClassMap:
     """
     if options.ignore_label is not None and not 0 <= options.ignore_label <= MAX_LABEL:
         raise DatasetError(f"--ignore-label {options.ignore_label} is out of range, expected 0 to {MAX_LABEL}")
+    if options.mask_threshold is not None and (options.labels or options.max_mask_val):
+        other = "--class-list" if options.labels else "--max-mask-val"
+        raise DatasetError(f"--mask-threshold makes two classes of any mask, {other} chooses labels: give one of them")
     labels = _labels(options, counts)
     if len(labels) > MANY_CLASSES:
         raise DatasetError(f"{len(labels)} labels to learn, at most {MANY_CLASSES} are possible")
@@ -124,8 +127,7 @@ def resolve_classes(options: ClassOptions, counts: Counter[int]) -> ClassMap:
             expected = len(classes) - len(implicit)
             raise DatasetError(f"--class-names {' '.join(options.names)}: expected {expected} different names")
         classes = given
-    limit = 0 if options.mask_threshold is not None else options.max_mask_val
-    return ClassMap(labels, tuple(classes), options.ignore_label, options.mask_threshold, limit)
+    return ClassMap(labels, tuple(classes), options.ignore_label, options.mask_threshold, options.max_mask_val)
 
 
 def _labels(options: ClassOptions, counts: Counter[int]) -> tuple[int, ...]:

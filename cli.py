@@ -152,7 +152,7 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
         metavar="LABEL",
         help="mask labels to learn, such as 64 128; nonzero: any other than 0; without it masks of 0 and x mean x",
     )
-    group.add_argument("--max-mask-val", type=natural, default=0, metavar="N", help="learn the labels 1 to N")
+    group.add_argument("--max-mask-val", type=natural, default=0, metavar="N", help="learn the labels 1 to N instead")
     group.add_argument("--class-names", nargs="+", metavar="NAME", help="names of the labels, in their order")
     group.add_argument("--ignore-label", type=natural, metavar="N", help="mask label that counts nowhere")
     group.add_argument("--mask-threshold", type=float, metavar="T", help="mask values above it are the object")

@@ -88,7 +88,7 @@ def add_optimisation_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "-sc", "--scheduler", default="cosine", metavar="NAME", help="cosine, plateau, one-cycle or constant"
     )
-    group.add_argument("--warmup", type=cli.not_negative, default=0, metavar="N", help="epochs of rising learning rate")
+    group.add_argument("--warmup", type=cli.not_negative, default=0, metavar="N", help="epochs of rising rate; 0: none")
     group.add_argument("--plateau-factor", type=cli.share, default=0.1, metavar="X", help="what plateau multiplies by")
     group.add_argument("--plateau-patience", type=cli.natural, default=10, metavar="N", help="epochs it waits")
     group.add_argument(
@@ -103,7 +103,7 @@ def add_optimisation_args(parser: argparse.ArgumentParser) -> None:
         "--channels-last", action=argparse.BooleanOptionalAction, default=True, help="memory layout of tensors"
     )
     group.add_argument(
-        "--early-stop", type=cli.natural, default=0, metavar="N", help="end after N epochs without a best"
+        "--early-stop", type=cli.natural, default=0, metavar="N", help="end after N epochs without a best; 0: never"
     )
     group.add_argument("--monitor", choices=("iou", "dice", "loss"), default="iou", help="what decides which is best")
 

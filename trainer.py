@@ -487,7 +487,7 @@ def fit(
             run.log_images(f"worst {name}", worst_panels(result.worst, config), progress.epoch)
         save_epoch(learner, config, run, improved)
         report(epoch_line(row, options.epochs, main, run.best_path.name if improved else None, options.monitor))
-        if progress.epoch == 1 or train["waited"] > MUCH_WAITING:
+        if progress.epoch == 1:
             report(waiting_line(train["waited"], workers))
 
 

@@ -146,10 +146,10 @@ def check_files(listing: Listing, config: ModelConfig) -> list[str]:
     Raises:
         DatasetError: nothing is left.
     """
-    from classes import ClassMap
+    from classes import ClassMap, list_labels
     from normalisation import scene_warnings
     from pairing import DatasetError
-    from scan import scan_pairs
+    from scan import label_counts, scan_pairs
 
     classes = ClassMap.from_config(config)
     failures, good = list(listing.errors), []
@@ -163,6 +163,11 @@ def check_files(listing: Listing, config: ModelConfig) -> list[str]:
         raise DatasetError(f"no image of {listing.folder} can be used:\n{listed}")
     for message in scene_warnings(good, config):
         print(f"warning: {message}")
+    known = {0, classes.ignore_label, *classes.labels}
+    unknown = sorted(label_counts(good).keys() - known) if classes.labels else []
+    if unknown:
+        shown = list_labels(unknown)
+        print(f"warning: the masks hold labels the network does not know, they count as background: {shown}")
     listing.pairs = [item.pair for item in good]
     return failures
 

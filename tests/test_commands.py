@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train
 import validate
 from checkpoint import load_checkpoint
-from image_io import read_image, read_mask
+from image_io import read_image, read_mask, write_mask
 from pairing import Pair
 
 SMALL = ["-m", "plain-unet", "--encoder", "plain-8", "--image-size", "32", "-b", "3", "-a", "safe", "-w", "0", "--cpu"]
@@ -448,3 +448,14 @@ def test_a_network_of_one_size_takes_no_crops(discs, tmp_path, capsys, monkeypat
     with pytest.raises(SystemExit) as stop:
         run_train(discs, tmp_path, "--crops", 2, "--image-size", 224)
     assert stop.value.code == 1 and "takes images of 224x224 only: leave --crops out" in capsys.readouterr().err
+
+
+def test_labels_that_the_network_does_not_know_are_named(trained, discs, tmp_path, capsys):
+    folder = tmp_path / "more" / "val"
+    shutil.copytree(discs / "val", folder)
+    path = next((folder / "gt").iterdir())
+    mask = read_mask(path).copy()
+    mask[0, :2] = 7
+    write_mask(path, mask)
+    run_validate("-d", folder, "-cd", trained, "-o", tmp_path / "out")
+    assert "labels the network does not know, they count as background: 7" in capsys.readouterr().out

@@ -55,7 +55,7 @@ def flag_words(action: argparse.Action) -> str:
 def default_words(action: argparse.Action) -> str:
     if action.required:
         return "required"
-    if action.default in (None, False, [], "", argparse.SUPPRESS):
+    if action.default is None or action.default is False or action.default in ([], "", argparse.SUPPRESS):
         return ""
     value = " ".join(map(str, action.default)) if isinstance(action.default, (list, tuple)) else action.default
     return f"`{value}`"

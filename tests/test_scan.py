@@ -209,7 +209,7 @@ def test_several_labels_need_a_choice():
         ({"labels": "nonzero", "names": ("cell",)}, (), ("background", "cell")),
         ({"max_mask_val": 3, "labels": "9"}, (1, 2, 3), ("background", "1", "2", "3")),
         ({"max_mask_val": 3, "ignore_label": 2}, (1, 3), ("background", "1", "3")),
-        ({"mask_threshold": 127.0, "labels": "9"}, (), ("background", "object")),
+        ({"mask_threshold": 127.0}, (), ("background", "object")),
     ],
 )
 def test_flags_choose_classes(options, labels, names):
@@ -596,3 +596,11 @@ def test_extras_and_sizes_in_the_table(tmp_path, capsys):
     check.main(["-d", str(root), "--add-dirs", "nir"])
     out = capsys.readouterr().out
     assert "32x32, 40x24" in out and "5+1" in out and "uint16, uint8" in out
+
+
+def test_a_threshold_and_labels_are_refused():
+    for flag, options in (("--class-list", {"labels": "64"}), ("--max-mask-val", {"max_mask_val": 3})):
+        with pytest.raises(
+            DatasetError, match=f"--mask-threshold makes two classes of any mask, {flag} chooses labels"
+        ):
+            resolve_classes(ClassOptions(**options, mask_threshold=127), Counter({0: 5, 64: 3}))
