@@ -89,7 +89,7 @@ class ClassMap:
 class ClassOptions:
     """Which mask values are learned.
 
-    labels: such as "64 128", or "nonzero", or None: masks of 0 and x mean x. max_mask_val: learn 1 to N, whatever labels says.
+    labels: such as "64 128", or "nonzero", or None: masks of 0 and x mean x. max_mask_val: learn 1 to N instead.
     mask_threshold: values above it are the object instead. ignore_label: a value that counts nowhere.
     """
 
