@@ -1,12 +1,15 @@
 """Scores of what needs no network, to hold a network's against."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from skimage.filters import threshold_otsu
 
 from classes import ClassMap
 from dataset import EvaluationSet, load_image, load_mask, load_region
 from image_io import IGNORE_INDEX
+from metrics import score_text
 from trainer import build_scorer
 
 
@@ -25,7 +28,7 @@ def score_baselines(data: EvaluationSet, *, empty: str) -> dict[str, dict[str, A
             continue
         image, valid = load_image(pair, config.channels, ())
         mask, grey = load_mask(pair, classes, load_region(pair, valid)), image[:, :, :3].mean(axis=2)
-        bright = grey > otsu_threshold(grey)
+        bright = grey > threshold_otsu(grey)
         scorers["all foreground"].update_pred(pair.name, np.ones_like(mask), mask)
         counted = mask != IGNORE_INDEX
         truth = mask == 1
@@ -34,14 +37,9 @@ def score_baselines(data: EvaluationSet, *, empty: str) -> dict[str, dict[str, A
     return {name: scorer.summary() for name, scorer in scorers.items()}
 
 
-def otsu_threshold(grey: np.ndarray) -> float:
-    """The value that splits a picture (H, W) into two groups with the largest variance between them."""
-    counts, edges = np.histogram(grey, bins=256)
-    centres = (edges[:-1] + edges[1:]) / 2
-    below = np.cumsum(counts)[:-1]
-    above = below[-1] + counts[-1] - below
-    sums = np.cumsum(counts * centres)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        gap = sums[:-1] / below - (sums[-1] - sums[:-1]) / above
-        between = np.nan_to_num(below * above * gap**2)
-    return float(edges[1 + int(between.argmax())])
+def baseline_lines(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """One line of text for each baseline."""
+    return [
+        f"for comparison: {name} IoU {score_text(scores['iou'])} Dice {score_text(scores['dice'])}"
+        for name, scores in summaries.items()
+    ]

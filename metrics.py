@@ -428,12 +428,17 @@ def _plain(value: float | np.ndarray) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
+def score_text(value: float | None) -> str:
+    """Four decimals, or a dash where it is undefined."""
+    return "-" if value is None else f"{value:.4f}"
+
+
 def score_table(summary: dict[str, Any]) -> str:
     """A summary as text: a row for each class, then the means and what was counted."""
 
     def row(name: str, scores: dict[str, Any], prefix: str = "", suffix: str = "") -> str:
         values = [scores.get(f"{prefix}{key}{suffix}") for key in SCORES]
-        return f"{name:<24}" + "".join(f"{'-' if value is None else f'{value:.4f}':>11}" for value in values)
+        return f"{name:<24}" + "".join(f"{score_text(value):>11}" for value in values)
 
     lines = [f"{'class':<24}" + "".join(f"{key:>11}" for key in SCORES)]
     lines += [row(scores["name"][:24], scores) for scores in summary["per_class"]]

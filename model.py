@@ -37,7 +37,7 @@ DILATED = ("deeplabv3", "deeplabv3+", "pan")  # they ask the encoder for stride 
 WITHOUT_MIT = ("unetplusplus", "linknet")
 LARGEST_PROBE = 512  # pixels: stride_and_min_side looks no further
 SIZE_OPTIONS: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False})  # timm's names
-BUILD_ERRORS = (ValueError, TypeError, RuntimeError, AssertionError, LookupError, AttributeError, NotImplementedError)
+BUILD_ERRORS = (ValueError, TypeError, RuntimeError, AssertionError, LookupError, AttributeError)
 
 
 # ------------------------------------------------------------------ names

@@ -439,8 +439,7 @@ def finish(args: argparse.Namespace, run: Any, val_set: Any, learner: Any, devic
     print(f"\nbest epoch {saved['epoch']} of {learner.progress.epoch}, {run.best_path}")
     print(metrics.score_table(result.summary))
     if args.baselines and config.num_logits == 1:
-        for name, summary in baselines.score_baselines(val_set, empty=args.empty).items():
-            print(f"for comparison: {name} IoU {summary['iou']:.4f} Dice {summary['dice']:.4f}")
+        print(*baselines.baseline_lines(baselines.score_baselines(val_set, empty=args.empty)), sep="\n")
     run.log_result(vars(args), {f"hparam/{key}": result.summary[key] for key in ("iou", "dice")})
     run.close()
     print(f"tensorboard --logdir {shlex.quote(str(args.log_dir))}")

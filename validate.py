@@ -338,24 +338,22 @@ def log_tensorboard(args: argparse.Namespace, folder: Path, summary: dict[str, A
 
 def objects_line(scores: dict[str, Any]) -> str:
     """The object scores that matter most; all of them are in _metrics.json."""
+    from metrics import score_text
+
     by_limit = ", ".join(f"{score_text(row['f1'])} at IoU {row['iou']:g}" for row in scores["at"][::5])
     found, true, mean = scores["predicted"], scores["true"], score_text(scores["f1"])
     return f"objects: {found} predicted, {true} true; F1 {by_limit}, mean of 0.5 to 0.95 {mean}"
 
 
-def score_text(value: float | None) -> str:
-    """Four decimals, or a dash where it is undefined."""
-    return "-" if value is None else f"{value:.4f}"
-
-
 def report(summary: dict[str, Any], args: argparse.Namespace, path: Path, folder: Path) -> None:
     """Print the scores, and write them as JSON."""
+    from baselines import baseline_lines
     from image_io import write_text
-    from metrics import score_table
+    from metrics import score_table, score_text
 
     print(score_table(summary))
-    for name, scores in summary.get("baselines", {}).items():
-        print(f"for comparison: {name} IoU {scores['iou']:.4f} Dice {scores['dice']:.4f}")
+    for line in baseline_lines(summary.get("baselines", {})):
+        print(line)
     if "objects" in summary:
         print(objects_line(summary["objects"]))
     if "cldice" in summary:

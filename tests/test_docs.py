@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import train
+
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS_PAGE = ROOT / "docs" / "flags.md"
 
@@ -84,7 +86,12 @@ def test_readme_has_commands():
 def test_readme_commands_parse(line):
     words = shlex.split(line.replace("$D", "data"), comments=True)[1:]
     name = words[1] if words[0] == "-m" else words[0].removesuffix(".py")
-    load_parser(name).parse_args(words[2:] if words[0] == "-m" else words[1:])
+    args = load_parser(name).parse_args(words[2:] if words[0] == "-m" else words[1:])
+    if name == "train":
+        args.encoder_weights = "none"  # a file that the reader has
+        train.check_flags(args)  # names of networks, losses, presets, optimisers
+    given = [word for word in words if word.startswith("--")]
+    assert all(hasattr(args, word[2:].replace("-", "_")) for word in given)
 
 
 def test_files_named_in_the_readme_exist():

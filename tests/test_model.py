@@ -134,7 +134,7 @@ def test_building_opens_no_connection(monkeypatch):
         monkeypatch.setattr(socket.socket, name, refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     for architecture, encoder in (("unet", "resnet18"), ("unet", "tu-resnet18"), ("dpt", "vit_tiny_patch16_224")):
-        small(architecture, encoder)
+        assert count_parameters(small(architecture, encoder)) > 0
 
 
 def test_names_alone_do_not_import_smp():
