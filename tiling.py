@@ -1,21 +1,42 @@
 """Predict an image of any size tile by tile: the one engine behind every command that runs a crops network.
 
 The image is reflect-padded right and bottom to a frame the network accepts, cut into overlapping tiles, and the
-probabilities are blended with per-axis shares that already sum to 1: there is no weight image and no division. Finished
-rows leave as bands, so only predict_tiled, which collects them, needs the whole result in memory.
+probabilities are blended with per-axis shares that already sum to 1: there is no weight image and no division. Tiles
+are read by window and finished rows leave as bands, so memory grows with the width of an image and not with its height;
+only predict_tiled, which collects the bands, holds a whole result.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 
 WINDOWS = ("hann", "gaussian", "constant")
 GAUSSIAN_SIGMA = 1 / 8  # of the window's length
 
+# Each turns a tile (..., h, w); the second undoes the first. Transposed tiles are (..., w, h).
+Turn = Callable[[np.ndarray], np.ndarray]
+_UNCHANGED: tuple[Turn, Turn] = (lambda a: a, lambda a: a)
+_FLIPS: list[tuple[Turn, Turn]] = [
+    _UNCHANGED,
+    (lambda a: a[..., ::-1], lambda a: a[..., ::-1]),
+    (lambda a: a[..., ::-1, :], lambda a: a[..., ::-1, :]),
+    (lambda a: a[..., ::-1, ::-1], lambda a: a[..., ::-1, ::-1]),
+]
+_TRANSPOSED: list[tuple[Turn, Turn]] = [
+    (lambda a, turn=turn: turn(a.swapaxes(-1, -2)), lambda a, back=back: back(a).swapaxes(-1, -2))  # type: ignore[misc]
+    for turn, back in _FLIPS
+]
+TTA = {"none": [_UNCHANGED], "flips": _FLIPS, "d4": _FLIPS + _TRANSPOSED}
+
 Forward = Callable[[np.ndarray], np.ndarray]
-Tile = tuple[int, int, np.ndarray]
+Read = Callable[[int, int, int, int], np.ndarray]  # top, left, height, width inside the image -> (C, height, width)
+Tile = tuple[int, int, np.ndarray | None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,6 +61,7 @@ def predict_tiled(  # noqa: PLR0913 - the geometry of a network is five numbers,
     min_side: int,
     batch_size: int,
     window: str = "hann",
+    tta: str = "none",
 ) -> np.ndarray:
     """Blend the probabilities of overlapping tiles into one picture of the image's size.
 
@@ -54,6 +76,7 @@ def predict_tiled(  # noqa: PLR0913 - the geometry of a network is five numbers,
         min_side: smallest side the network accepts, in pixels.
         batch_size: most tiles in one call of forward.
         window: weight of a tile's pixels, one of WINDOWS.
+        tta: see predict_bands.
 
     Returns:
         Probabilities, (K, H, W) float32.
@@ -64,18 +87,73 @@ def predict_tiled(  # noqa: PLR0913 - the geometry of a network is five numbers,
     """
     if image.ndim != 3 or 0 in image.shape:
         raise ValueError(f"image has shape {image.shape}, expected (C, H, W) with at least one pixel")
-    if batch_size < 1:
-        raise ValueError(f"batch size {batch_size} is too small, expected 1 or more")
     rows, cols = (
         plan_axis(size, tile=tile, overlap=overlap, halo=halo, stride=stride, min_side=min_side, window=window)
         for size in image.shape[1:]
     )
     result = np.empty((0,), np.float32)
-    for top, band in blend_bands(forward_tiles(image, forward, rows, cols, batch_size), rows, cols):
+    for top, band in predict_bands(window_reader(image), forward, rows, cols, batch_size=batch_size, tta=tta):
         if top == 0:
             result = np.empty((band.shape[0], rows.size, cols.size), np.float32)
         result[:, top : top + band.shape[1]] = band
     return result
+
+
+def predict_bands(  # noqa: PLR0913 - the last four are for slides, an image in memory needs none of them
+    read: Read,
+    forward: Forward,
+    rows: Axis,
+    cols: Axis,
+    *,
+    batch_size: int,
+    tta: str = "none",
+    keep: np.ndarray | None = None,
+    channels: int = 0,
+    first_row: int = 0,
+    ahead: int = 0,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Predict an image that is read by windows; rows leave as soon as no later tile touches them.
+
+    Args:
+        read: (top, left, height, width), a window inside the image -> its pixels (C, height, width).
+        forward: (N, C, h, w) -> probabilities (N, K, h, w).
+        rows: the plan of the image's height, from plan_axis.
+        cols: the plan of its width.
+        batch_size: most tiles in one call of forward. Batches are the same wherever a run begins.
+        tta: "none", "flips" (4 views) or "d4" (8 views): every tile is also predicted mirrored and transposed, and the
+            mean of the views, each turned back, is blended.
+        keep: (len(rows.origins), len(cols.origins)) bool, tiles to predict; the others count as 0. None: all.
+        channels: K, needed with `keep`, for there may be no tile to learn it from.
+        first_row: rows above it are not wanted; tiles that touch none of the others are not predicted.
+        ahead: batches that a thread of its own reads before they are asked for; 0 reads when they are.
+
+    Yields:
+        (first row, probabilities (K, h, W) float32) from top to bottom, without the frame's padding. The array is
+        reused: copy it to keep it.
+
+    Raises:
+        ValueError, RuntimeError: see predict_tiled.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch size {batch_size} is too small, expected 1 or more")
+    if tta not in TTA:
+        raise ValueError(f"unknown TTA {tta!r}, expected one of {', '.join(TTA)}")
+    first = next(row for row, origin in enumerate(rows.origins) if origin + rows.tile > first_row)
+    kept = np.ones((len(rows.origins), len(cols.origins)), bool) if keep is None else keep
+    batches: Iterator[Batch] = read_batches(read, rows, cols, batch_size, kept, first)
+    if ahead:
+        batches = run_ahead(batches, ahead)
+    found = forward_batches(batches, turned(forward, TTA[tta]), rows, cols)
+    tiles = with_skipped(found, kept, first)
+    for top, band in blend_bands(tiles, rows, cols, channels):
+        cut = min(max(first_row - top, 0), band.shape[1])
+        if cut < band.shape[1]:
+            yield top + cut, band[:, cut:]
+
+
+def window_reader(image: np.ndarray) -> Read:
+    """How predict_bands reads an image (C, H, W) that is in memory; windows are views."""
+    return lambda top, left, height, width: image[:, top : top + height, left : left + width]
 
 
 def plan_axis(size: int, *, tile: int, overlap: int, halo: int, stride: int, min_side: int, window: str) -> Axis:
@@ -140,30 +218,96 @@ def window_weights(tile: int, halo: int, window: str) -> np.ndarray:
     return np.pad(inside, halo)
 
 
-def forward_tiles(image: np.ndarray, forward: Forward, rows: Axis, cols: Axis, batch_size: int) -> Iterator[Tile]:
-    """Run the network over all tiles in reading order; a batch goes on into the next row of tiles.
+Batch = tuple[list[tuple[int, int]], np.ndarray]
+
+
+def read_batches(
+    read: Read, rows: Axis, cols: Axis, batch_size: int, kept: np.ndarray, first: int = 0
+) -> Iterator[Batch]:
+    """Read the kept tiles in reading order; a batch goes on into the next row of tiles.
+
+    Args:
+        first: row of tiles to begin with; the batch that holds its first tile is read whole, so a run that begins here
+            has the batches of one that began at the top.
+
+    Yields:
+        ([(row number, column number), ...], pixels (N, C, rows.tile, cols.tile)) of each batch.
+    """
+    before = int(np.count_nonzero(kept[:first])) // batch_size * batch_size
+    places = islice(zip(*np.nonzero(kept), strict=True), before, None)
+    row_index, col_index = (reflect_index(axis.size, axis.frame) for axis in (rows, cols))
+    while chunk := [(int(row), int(col)) for row, col in islice(places, batch_size)]:
+        pixels = [
+            read_tile(
+                read,
+                row_index[rows.origins[row] : rows.origins[row] + rows.tile],
+                col_index[cols.origins[col] : cols.origins[col] + cols.tile],
+            )
+            for row, col in chunk
+        ]
+        yield chunk, np.stack(pixels)
+
+
+def read_tile(read: Read, row_index: np.ndarray, col_index: np.ndarray) -> np.ndarray:
+    """The pixels (C, h, w) at some rows and columns of an image, of which only the box that holds them is read."""
+    top, left = int(row_index.min()), int(col_index.min())
+    pixels = read(top, left, int(row_index.max()) + 1 - top, int(col_index.max()) + 1 - left)
+    if _is_run(row_index) and _is_run(col_index):
+        return pixels
+    return pixels[:, (row_index - top)[:, None], col_index - left]
+
+
+def forward_batches(batches: Iterable[Batch], forward: Forward, rows: Axis, cols: Axis) -> Iterator[Tile]:
+    """Run the network over batches of tiles.
 
     Yields:
         (row number, column number, probabilities (K, rows.tile, cols.tile) float32) of each tile.
     """
-    row_index, col_index = (reflect_index(axis.size, axis.frame) for axis in (rows, cols))
-    places = ((row, col) for row in range(len(rows.origins)) for col in range(len(cols.origins)))
-    while chunk := list(islice(places, batch_size)):
-        batch = np.empty((len(chunk), image.shape[0], rows.tile, cols.tile), np.float32)
-        for slot, (row, col) in zip(batch, chunk, strict=True):
-            top, left = rows.origins[row], cols.origins[col]
-            slot[:] = cut_tile(image, row_index[top : top + rows.tile], col_index[left : left + cols.tile])
+    for chunk, batch in batches:
         probs = np.asarray(forward(batch), np.float32)
         check_probs(probs, batch, [(rows.origins[row], cols.origins[col]) for row, col in chunk])
         for (row, col), tile_probs in zip(chunk, probs, strict=True):
             yield row, col, tile_probs
 
 
-def cut_tile(image: np.ndarray, row_index: np.ndarray, col_index: np.ndarray) -> np.ndarray:
-    """The pixels (C, h, w) at some rows and columns of an image (C, H, W); a view where they are consecutive."""
-    if _is_run(row_index) and _is_run(col_index):
-        return image[:, row_index[0] : row_index[-1] + 1, col_index[0] : col_index[-1] + 1]
-    return image[:, row_index[:, None], col_index]
+def turned(forward: Forward, views: Sequence[tuple[Turn, Turn]]) -> Forward:
+    """The mean of what forward says of several views of a batch, each turned back; see TTA."""
+    if len(views) == 1:
+        return forward
+
+    def mean(batch: np.ndarray) -> np.ndarray:
+        total = np.zeros((), np.float32)
+        for turn, back in views:
+            total = total + back(np.asarray(forward(np.ascontiguousarray(turn(batch))), np.float32))
+        return total / np.float32(len(views))
+
+    return mean
+
+
+def with_skipped(tiles: Iterable[Tile], kept: np.ndarray, first: int) -> Iterator[Tile]:
+    """Put the tiles that are not kept back into the reading order, without probabilities, from a row of tiles on."""
+    predicted = (tile for tile in tiles if tile[0] >= first)
+    for row in range(first, kept.shape[0]):
+        for col in range(kept.shape[1]):
+            yield next(predicted) if kept[row, col] else (row, col, None)
+
+
+def run_ahead(items: Iterator[T], depth: int) -> Iterator[T]:
+    """Make items in a thread of their own, at most `depth` before they are asked for, in the same order.
+
+    What making them raises is raised here; a consumer that stops early ends the thread.
+    """
+    end = object()
+    worker = ThreadPoolExecutor(1)
+    try:
+        waiting = deque(worker.submit(next, items, end) for _ in range(depth))
+        while (item := waiting.popleft().result()) is not end:
+            waiting.append(worker.submit(next, items, end))
+            yield item  # type: ignore[misc]
+    finally:
+        worker.shutdown(cancel_futures=True)
+        if isinstance(items, Generator):
+            items.close()
 
 
 def check_probs(probs: np.ndarray, batch: np.ndarray, corners: list[tuple[int, int]]) -> None:
@@ -188,10 +332,15 @@ def check_probs(probs: np.ndarray, batch: np.ndarray, corners: list[tuple[int, i
         )
 
 
-def blend_bands(tiles: Iterable[Tile], rows: Axis, cols: Axis) -> Iterator[tuple[int, np.ndarray]]:
+def blend_bands(tiles: Iterable[Tile], rows: Axis, cols: Axis, channels: int = 0) -> Iterator[tuple[int, np.ndarray]]:
     """Blend tiles that arrive in reading order and let rows go as soon as no later tile touches them.
 
     Memory holds one strip of a tile's height and the rows that strips share, whatever the height of the image.
+
+    Args:
+        tiles: as forward_batches yields them, from the first tile of some row of tiles on; a tile without
+            probabilities counts as 0.
+        channels: K; 0 takes it from the first tile, which then has probabilities.
 
     Yields:
         (first row, probabilities (K, h, W) float32) from top to bottom, without the frame's padding. The array is
@@ -203,7 +352,7 @@ def blend_bands(tiles: Iterable[Tile], rows: Axis, cols: Axis) -> Iterator[tuple
     filled = 0  # columns of the strip that hold values of this row of tiles
     for row, col, probs in tiles:
         if strip is None:
-            strip = np.empty((probs.shape[0], rows.tile, cols.frame), np.float32)
+            strip = np.empty((channels if probs is None else probs.shape[0], rows.tile, cols.frame), np.float32)
         filled = _add_tile(strip, probs, cols.shares[col], cols.origins[col], filled)
         if col + 1 < len(cols.origins):
             continue
@@ -217,9 +366,12 @@ def blend_bands(tiles: Iterable[Tile], rows: Axis, cols: Axis) -> Iterator[tuple
             yield rows.origins[row], strip[:, :kept, : cols.size]
 
 
-def _add_tile(strip: np.ndarray, probs: np.ndarray, share: np.ndarray, left: int, filled: int) -> int:
+def _add_tile(strip: np.ndarray, probs: np.ndarray | None, share: np.ndarray, left: int, filled: int) -> int:
     """Add a tile times its column share to a strip that is filled up to a column; return the new filled column."""
     shared = filled - left
+    if probs is None:
+        strip[:, :, filled : left + len(share)] = 0
+        return left + len(share)
     strip[:, :, left:filled] += probs[:, :, :shared] * share[:shared]
     np.multiply(probs[:, :, shared:], share[shared:], out=strip[:, :, filled : left + len(share)])
     return left + len(share)

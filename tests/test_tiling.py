@@ -1,3 +1,5 @@
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -155,7 +157,7 @@ def test_bands_leave_early_and_never_hold_more_than_a_tile():
         return sigmoid_of_pixels(batch)
 
     expected_top = 0
-    for top, band in tiling.blend_bands(tiling.forward_tiles(image, forward, rows, cols, 1), rows, cols):
+    for top, band in tiling.predict_bands(tiling.window_reader(image), forward, rows, cols, batch_size=1):
         assert top == expected_top and band.shape[1] <= 64
         finished_rows = sum(origin <= top for origin in rows.origins)
         assert sum(drawn) == finished_rows * len(cols.origins), "a band waits for no tile below it"
@@ -222,3 +224,139 @@ def test_nan_in_the_image_is_said():
     image[0, 0, 0] = np.nan
     with pytest.raises(RuntimeError, match="tile at row 0, column 0 .*its input pixels hold some too"):
         tiling.predict_tiled(image, sigmoid_of_pixels, **GEOMETRY)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    geometry=geometries(),
+    height=st.integers(1, 130),
+    width=st.integers(1, 130),
+    batch_size=st.integers(1, 9),
+    ahead=st.integers(0, 3),
+    part=st.floats(0, 0.99),
+)
+def test_a_later_start_gives_the_same_bits_and_the_same_batches(geometry, height, width, batch_size, ahead, part):
+    image, first_row, seen = random_image(height, width), int(part * height), []
+
+    def forward(batch):
+        """Of its own batch: the answer for a tile hangs on the tiles beside it, as rounding can."""
+        seen.append(batch.copy())
+        return sigmoid_of_pixels(batch) * np.float32(0.5 + 0.01 * len(batch)) + batch.mean() * np.float32(0.01)
+
+    rows, cols = (tiling.plan_axis(size, **geometry) for size in (height, width))
+    read = tiling.window_reader(image)
+
+    def collect(**more):
+        seen.clear()
+        bands = tiling.predict_bands(read, forward, rows, cols, batch_size=batch_size, **more)
+        return [(top, band.copy()) for top, band in bands], list(seen)
+
+    (whole, every), (rest, later) = collect(), collect(first_row=first_row, ahead=ahead)
+    assert rest[0][0] == first_row
+    complete = np.concatenate([band for _, band in whole], axis=1)
+    np.testing.assert_array_equal(np.concatenate([band for _, band in rest], axis=1), complete[:, first_row:])
+    assert all(np.array_equal(a, b) for a, b in zip(later, every[-len(later) :], strict=True))
+    if first_row >= rows.tile and batch_size == 1:
+        assert len(later) < len(every), "tiles above the first row are not predicted again"
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    geometry=geometries(),
+    height=st.integers(1, 130),
+    width=st.integers(1, 130),
+    seed=st.integers(0, 9),
+    k=st.floats(0, 1),
+)
+def test_skipped_tiles_count_as_zero_and_leave_their_neighbours_alone(geometry, height, width, seed, k):
+    image = random_image(height, width)
+    rows, cols = (tiling.plan_axis(size, **geometry) for size in (height, width))
+    keep = np.random.default_rng(seed).random((len(rows.origins), len(cols.origins))) < k
+    calls = []
+
+    def forward(batch):
+        calls.append(len(batch))
+        return sigmoid_of_pixels(batch)
+
+    bands = tiling.predict_bands(tiling.window_reader(image), forward, rows, cols, batch_size=3, keep=keep, channels=2)
+    found = np.concatenate([band.copy() for _, band in bands], axis=1)
+    assert sum(calls) == keep.sum()
+    shares = np.zeros((rows.frame, cols.frame), np.float32)
+    for row, col in zip(*np.nonzero(keep), strict=True):
+        top, left = rows.origins[row], cols.origins[col]
+        shares[top : top + rows.tile, left : left + cols.tile] += rows.shares[row][:, None] * cols.shares[col]
+    expected = sigmoid_of_pixels(image[None])[0] * shares[:height, :width]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "views"), [("none", 1), ("flips", 4), ("d4", 8)])
+@pytest.mark.parametrize(("height", "width"), [(50, 70), (9, 40), (1, 1)])
+def test_tta_is_the_mean_over_the_group_of_views(name, views, height, width):
+    """A network that looks up and left: of every view it sees something else."""
+    network = nn.Conv2d(2, 1, 3, padding=1, bias=False)
+    with torch.no_grad():
+        network.weight.copy_(torch.randn(network.weight.shape, generator=torch.Generator().manual_seed(1)))
+
+    @torch.inference_mode()
+    def forward(batch):
+        return network(torch.from_numpy(batch)).sigmoid().numpy()
+
+    image = random_image(height, width)
+    geometry = {"tile": 24, "overlap": 8, "halo": 2, "stride": 4, "min_side": 8, "batch_size": 3}
+    found = tiling.predict_tiled(image, forward, **geometry, tta=name)
+    rows, cols = (
+        tiling.plan_axis(size, window="hann", **{k: v for k, v in geometry.items() if k != "batch_size"})
+        for size in (height, width)
+    )
+    frame = image[:, tiling.reflect_index(height, rows.frame)[:, None], tiling.reflect_index(width, cols.frame)]
+    turns = [(k, flip) for flip in (False, True) for k in range(4)]
+    if name != "d4":
+        turns = [(0, False), (2, False), (0, True), (2, True)][:views]
+    whole = np.zeros((1, rows.frame, cols.frame))
+    for k, flip in turns:
+        view = np.rot90(frame[:, :, ::-1] if flip else frame, k, (1, 2))
+        answer = np.rot90(forward(np.ascontiguousarray(view)[None])[0], -k, (1, 2))
+        whole += answer[:, :, ::-1] if flip else answer
+    inner = (slice(None), slice(0, max(height - 2, 1)), slice(0, max(width - 2, 1)))
+    if height > 2 and width > 2:  # at the frame's edge a convolution pads each tile as it pads the frame
+        np.testing.assert_allclose(found[inner], (whole / len(turns))[:, :height, :width][inner], atol=1e-5)
+    assert len(tiling.TTA[name]) == views
+
+
+def test_unknown_tta_is_named():
+    with pytest.raises(ValueError, match="unknown TTA 'rotate', expected one of none, flips, d4"):
+        tiling.predict_tiled(random_image(9, 9), sigmoid_of_pixels, **GEOMETRY, tta="rotate")
+
+
+def test_run_ahead_raises_what_making_raised_and_ends_its_thread():
+    made, threads = [], threading.active_count()
+
+    def items():
+        for number in range(100):
+            made.append(number)
+            if number == 5:
+                raise OSError("disk gone")
+            yield number
+
+    got = []
+    with pytest.raises(OSError, match="disk gone"):
+        for item in tiling.run_ahead(items(), 3):
+            got.append(item)
+    assert got == [0, 1, 2, 3, 4]
+    stopped = tiling.run_ahead(iter(range(1000)), 2)
+    assert next(stopped) == 0
+    stopped.close()
+    assert threading.active_count() == threads
+
+
+def test_run_ahead_stays_within_its_depth():
+    made = []
+
+    def items():
+        for number in range(50):
+            made.append(number)
+            yield number
+
+    for item in tiling.run_ahead(items(), 4):
+        assert len(made) <= item + 1 + 4
+    assert len(made) == 50
