@@ -1,0 +1,236 @@
+"""Label maps -> polygons along pixel edges, band by band, and polygons -> masks, window by window.
+
+Tracing. The corners of a region are the lattice points where its boundary turns. Along a row of the lattice the
+corners pair up, first with second, third with fourth, into the horizontal edges; along a column into the vertical
+ones. Horizontal and vertical edges taken in turns make the rings, and pointer jumping puts each ring in order, for
+all regions that close in a band at once. Where two pixels of a region touch only by their corner, the lattice point
+is a corner twice, once round each of the two pixels that are not of the region. A region is 4-connected, so these
+two lie on different sides of it (Jordan): no ring passes a point twice, rings touch in points only, and the polygon
+is valid.
+
+Coordinates are (x, y) of pixel corners: pixel (row, column) covers x column..column+1, y row..row+1.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+_BLOCK = 1 << 18  # pixels compared at a time: the intermediate arrays stay in the cache
+
+# A corner is packed into an int64: row, column, whether a horizontal edge starts here, rank among two at one point.
+_ROW, _COLUMN, _START, _SECOND = 32, 2, 2, 1
+_COLUMN_BITS = _ROW - _COLUMN
+
+
+@dataclass(frozen=True, eq=False)
+class Polygon:
+    """The outline of one region in pixel corners.
+
+    The rings are closed (the first point again at the end) and have no collinear points. The shoelace sum of the
+    numbers (x, y) is positive for the exterior and negative for holes, which is the order RFC 7946 wants.
+    """
+
+    label: int
+    exterior: np.ndarray  # (n, 2) int64, from the topmost, then leftmost corner
+    holes: tuple[np.ndarray, ...]
+    area: int  # pixels
+
+    @property
+    def rings(self) -> tuple[np.ndarray, ...]:
+        """The exterior, then the holes."""
+        return (self.exterior, *self.holes)
+
+
+def trace_bands(label_bands: Iterable[tuple[int, np.ndarray]]) -> Iterator[Polygon]:
+    """Trace every region of a label map that comes band by band.
+
+    A polygon is yielded at the end of the band whose last row no longer holds its label. The order is that of the
+    lowest row, then of the label, whatever the heights of the bands. Kept in memory are the corners of the regions
+    that are still open.
+
+    Args:
+        label_bands: (top, labels (h, W) of an unsigned type), consecutive from top to bottom. 0 is background; every
+            other label is one 4-connected region.
+
+    Raises:
+        ValueError: the bands are not consecutive, differ in width, or a label is not one 4-connected region.
+    """
+    waiting: dict[int, list[np.ndarray]] = {}
+    above = np.zeros(0, np.uint32)
+    bottom = -1
+    for top, labels in label_bands:
+        if labels.shape[0] == 0:
+            continue
+        if bottom < 0:
+            above = np.zeros(labels.shape[1], labels.dtype)
+        elif top != bottom or labels.shape[1] != len(above):
+            raise ValueError(
+                f"a band {labels.shape[1]} wide starts at row {top} after one {len(above)} wide that ended at row "
+                f"{bottom}; expected consecutive bands of one width"
+            )
+        corners, owners = _find_corners(above, labels, top)
+        above, bottom = labels[-1].copy(), top + labels.shape[0]
+        yield from _trace_closed(waiting, corners, owners, above)
+    if bottom >= 0:
+        nothing = np.zeros((1, len(above)), above.dtype)
+        yield from _trace_closed(waiting, *_find_corners(above, nothing, bottom), nothing)
+
+
+def trace_labels(labels: np.ndarray) -> list[Polygon]:
+    """Trace a whole label map (H, W); see trace_bands."""
+    return list(trace_bands([(0, labels)]))
+
+
+def _find_corners(above: np.ndarray, labels: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
+    """The corners on the upper edges of a band's rows.
+
+    Returns:
+        Packed corners int64, and the labels they belong to; from top to bottom and left to right.
+    """
+    height, width = labels.shape
+    rows = max(1, _BLOCK // width)
+    found = []
+    for start in range(0, height, rows):
+        block = np.zeros((min(rows, height - start) + 1, width + 2), labels.dtype)
+        block[0, 1:-1] = labels[start - 1] if start else above
+        block[1:, 1:-1] = labels[start : start + rows]
+        found.append(_find_block_corners(block, top + start))
+    return np.concatenate([corners for corners, _ in found]), np.concatenate([owners for _, owners in found])
+
+
+def _find_block_corners(block: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
+    """The corners between the rows of a block with a frame of background at its left and right.
+
+    Round a lattice point lie the pixels a b over c d. Each of them tells of at most one corner, of its own region: an
+    outer one when both its neighbours differ from it, an inner one when both are like it and the opposite is not.
+    """
+    across = block[:, 1:] == block[:, :-1]
+    down = block[1:] == block[:-1]
+    straight = (across[1:] & across[:-1]) | (down[:, 1:] & down[:, :-1])
+    y, x = np.divmod(np.flatnonzero(~straight), straight.shape[1])
+    a, b, c, d = block[y, x], block[y, x + 1], block[y + 1, x], block[y + 1, x + 1]
+    ab, cd, ac, bd = across[y, x], across[y + 1, x], down[y, x], down[y, x + 1]
+    pixels = np.stack([a, b, c, d], axis=1)
+    like_beside = np.stack([ab, ab, cd, cd], axis=1)
+    like_upright = np.stack([ac, bd, ac, bd], axis=1)
+    is_corner = (like_beside == like_upright) & (pixels != 0)
+    # Edges above the region run right, edges below it run left: where do they start?
+    packed = (like_beside ^ np.array([True, False, False, True])).astype(np.int64) * _START
+    # Of two corners at a point the order of pixels is the order along the row; along the column:
+    packed[:, 0] |= a == d
+    packed[:, 2] |= b == c
+    packed |= (((y + top) << _ROW) | (x << _COLUMN))[:, None]
+    return packed[is_corner], pixels[is_corner]
+
+
+def _trace_closed(
+    waiting: dict[int, list[np.ndarray]], corners: np.ndarray, owners: np.ndarray, last_row: np.ndarray
+) -> Iterator[Polygon]:
+    """Trace the regions that are not in the last row; the corners of the others wait."""
+    order = np.argsort(owners, kind="stable")
+    corners, owners = corners[order], owners[order]
+    labels, firsts = np.unique(owners, return_index=True)
+    ends = np.append(firsts[1:], len(owners))
+    is_open = np.isin(labels, last_row)
+    for label, first, end in zip(*(part[is_open].tolist() for part in (labels, firsts, ends)), strict=True):
+        waiting.setdefault(label, []).append(corners[first:end].copy())
+    closed = labels[~is_open]
+    if len(closed) == 0:
+        return
+    is_closed = np.repeat(~is_open, ends - firsts)
+    corners, numbers = corners[is_closed], np.repeat(np.arange(len(closed)), (ends - firsts)[~is_open])
+    earlier = [(number, waiting.pop(label)) for number, label in enumerate(closed.tolist()) if label in waiting]
+    if earlier:
+        parts = [part for _, parts in earlier for part in parts]
+        sizes = [sum(map(len, parts)) for _, parts in earlier]
+        numbers = np.concatenate([np.repeat([number for number, _ in earlier], sizes), numbers])
+        corners = np.concatenate([*parts, corners])
+        order = np.argsort(numbers, kind="stable")
+        corners, numbers = corners[order], numbers[order]
+    yield from _build_polygons(closed, corners, numbers)
+
+
+def _build_polygons(labels: np.ndarray, corners: np.ndarray, numbers: np.ndarray) -> Iterator[Polygon]:
+    """Link the corners of whole regions to polygons.
+
+    Args:
+        labels: (k,) of the regions, ascending.
+        corners: packed, all of region 0, then of region 1, ...; each region's along the rows, from top to bottom.
+        numbers: which of the regions each corner belongs to.
+    """
+    points = np.stack([(corners >> _COLUMN) & ((1 << _COLUMN_BITS) - 1), corners >> _ROW], axis=1)
+    starts = np.arange(0, len(corners), 2) + ((corners[::2] & _START) == 0)  # corners 2k and 2k+1 share an edge
+    following = _pair_along_columns(corners, numbers)[starts ^ 1] >> 1
+    rings, places, lengths = _order_rings(following)
+
+    outline = np.empty((len(corners) + len(lengths), 2), np.int64)
+    ring_ends = np.cumsum(2 * lengths + 1)
+    ring_firsts = ring_ends - 2 * lengths - 1
+    slots = ring_firsts[rings] + 2 * places
+    outline[slots], outline[slots + 1] = points[starts], points[starts ^ 1]
+    outline[ring_ends - 1] = outline[ring_firsts]
+
+    ring_owners = np.empty(len(lengths), np.int64)
+    ring_owners[rings] = numbers[::2]
+    areas = _ring_areas(outline, ring_firsts)
+    firsts = np.searchsorted(ring_owners, np.arange(len(labels) + 1))  # of each region's rings; its exterior is first
+    _check_one_exterior(labels, areas, firsts)
+    totals = np.add.reduceat(areas, firsts[:-1]).tolist()
+    lowest = points[np.searchsorted(numbers, np.arange(len(labels)), side="right") - 1, 1]
+    bounds = list(zip(ring_firsts.tolist(), ring_ends.tolist(), strict=True))
+    spans, names = firsts.tolist(), labels.tolist()
+    for region in np.argsort(lowest, kind="stable").tolist():
+        exterior, *holes = (outline[first:end] for first, end in bounds[spans[region] : spans[region + 1]])
+        yield Polygon(names[region], exterior, tuple(holes), totals[region])
+
+
+def _pair_along_columns(corners: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """The other end of the vertical edge at each corner."""
+    column = (corners >> _COLUMN) & ((1 << _COLUMN_BITS) - 1)
+    row = (corners >> _ROW << 1) | (corners & _SECOND)
+    order = np.lexsort((row, (numbers << _COLUMN_BITS) | column))
+    other = np.empty_like(order)
+    other[order[::2]], other[order[1::2]] = order[1::2], order[::2]
+    return other
+
+
+def _order_rings(following: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Put the cycles of a permutation in order by pointer jumping.
+
+    Returns:
+        For each element its cycle (numbered by their smallest elements) and its place in it (0 is the smallest
+        element); the length of each cycle.
+    """
+    # The smallest element within the next `step` ones, and the way to it, in one number whose minimum is both.
+    nearest = np.arange(len(following)) << 32
+    jump, step = following, 1
+    while True:
+        leader = nearest >> 32
+        if np.array_equal(leader[following], leader):
+            break
+        nearest = np.minimum(nearest, nearest[jump] + step)
+        jump, step = jump[jump], 2 * step
+    way = nearest & 0xFFFFFFFF
+    counts = np.bincount(leader, minlength=len(following))
+    lengths = counts[counts > 0]
+    rings = (np.cumsum(counts > 0) - 1)[leader]
+    return rings, np.where(way > 0, lengths[rings] - way, 0), lengths
+
+
+def _ring_areas(outline: np.ndarray, firsts: np.ndarray) -> np.ndarray:
+    """Signed areas of closed rings that lie one after another, (n, 2) int64; exact."""
+    steps = np.zeros(len(outline), np.int64)
+    steps[:-1] = outline[:-1, 0] - outline[1:, 0]
+    steps[firsts[1:] - 1] = 0
+    return np.add.reduceat(steps * outline[:, 1], firsts)
+
+
+def _check_one_exterior(labels: np.ndarray, areas: np.ndarray, firsts: np.ndarray) -> None:
+    outer = np.add.reduceat(areas > 0, firsts[:-1], dtype=np.int64)
+    if (outer != 1).any():
+        label = labels[np.flatnonzero(outer != 1)[0]]
+        raise ValueError(
+            f"label {label} is not one 4-connected region: it has several outlines; expected a label for each region"
+        )
