@@ -4,7 +4,7 @@ import contextlib
 import math
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,8 +15,8 @@ from image_headers import DECODE_ERRORS, ImageError, truncated, upright
 
 
 @dataclass(frozen=True)
-class _Bands:
-    """A TIFF file as stored: (H, W, C), native byte order, upright, alpha dropped, no value changed."""
+class Bands:
+    """Pixels of a TIFF as stored: (H, W, C), native byte order, alpha dropped, no value changed."""
 
     values: np.ndarray
     photometric: int
@@ -27,13 +27,13 @@ class _Bands:
 
 def read_tiff_orientation(path: Path) -> int:
     """Read the orientation of a TIFF, 1..8; 1 when none is declared."""
-    with _open_tiff(path) as tif:
-        return _tiff_orientation(_tiff_pages(tif, path)[0])
+    with open_tiff(path) as tif:
+        return page_orientation(main_pages(tif, path)[0])
 
 
 def read_tiff_image(path: Path) -> np.ndarray:
     """Read a TIFF upright as image_io.read_image promises, (H, W, C) uint8, uint16 or float32."""
-    return _tiff_image(_load_tiff(path), path)
+    return image_values(_load_tiff(path), path)
 
 
 def read_tiff_values(path: Path) -> np.ndarray:
@@ -43,14 +43,14 @@ def read_tiff_values(path: Path) -> np.ndarray:
 
 def read_tiff_valid(path: Path) -> np.ndarray | None:
     """Read where a TIFF holds data, (H, W) bool; None when it declares no nodata value."""
-    with _open_tiff(path) as tif:
-        if _tiff_nodata(_tiff_pages(tif, path)[0], path) is None:
+    with open_tiff(path) as tif:
+        if page_nodata(main_pages(tif, path)[0], path) is None:
             return None
-    return _valid_pixels(_load_tiff(path))
+    return valid_pixels(_load_tiff(path))
 
 
 @contextlib.contextmanager
-def _open_tiff(path: Path) -> Iterator[tifffile.TiffFile]:
+def open_tiff(path: Path) -> Iterator[tifffile.TiffFile]:
     """Open a TIFF; whatever its reader raises inside the block becomes an ImageError with the path."""
     try:
         with tifffile.TiffFile(path) as tif:
@@ -64,7 +64,7 @@ def _open_tiff(path: Path) -> Iterator[tifffile.TiffFile]:
         ) from error
 
 
-def _tiff_pages(tif: tifffile.TiffFile, path: Path) -> list[Any]:
+def main_pages(tif: tifffile.TiffFile, path: Path) -> list[Any]:
     """The pages that make up the full-resolution image: one, or one for each band."""
     every: list[Any] = list(tif.pages)
     pages = [page for page in every if not page.subfiletype & 5] or every[:1]  # 1 is reduced, 4 a transparency mask
@@ -82,12 +82,14 @@ def _tiff_pages(tif: tifffile.TiffFile, path: Path) -> list[Any]:
     return same
 
 
-def _tiff_orientation(page: Any) -> int:
+def page_orientation(page: Any) -> int:
+    """The orientation tag of a page, 1..8; 1 when there is none."""
     tag = page.tags.get(274)
     return int(tag.value) if tag is not None and tag.value in range(1, 9) else 1
 
 
-def _tiff_nodata(page: Any, path: Path) -> float | None:
+def page_nodata(page: Any, path: Path) -> float | None:
+    """The nodata value of tag 42113 (GDAL); None when there is none."""
     tag = page.tags.get(42113)
     if tag is None:
         return None
@@ -103,12 +105,9 @@ def _tiff_nodata(page: Any, path: Path) -> float | None:
         ) from None
 
 
-def _check_whole(tif: tifffile.TiffFile, page: Any, path: Path) -> None:
-    """Refuse a page that is not all there: its reader fills lost pixels with zeros and lost tags with defaults."""
+def check_directory(tif: tifffile.TiffFile, page: Any, path: Path) -> None:
+    """Refuse a page with lost tags, for which its reader takes defaults, or with lost pages behind it."""
     file, layout = tif.filehandle, tif.tiff
-    ends = np.add(page.dataoffsets, page.databytecounts, dtype=np.int64)
-    if not len(ends) or ends.max() > file.size:
-        raise truncated(path, f"its TIFF pixels end at byte {max(ends, default=0)} and the file at {file.size}")
     file.seek(page.offset)
     (count,) = struct.unpack(layout.tagnoformat, file.read(layout.tagnosize))
     entries = file.read(count * layout.tagsize)
@@ -121,32 +120,64 @@ def _check_whole(tif: tifffile.TiffFile, page: Any, path: Path) -> None:
         raise truncated(path, f"TIFF page {page.index + 2} is missing")
 
 
-def _load_tiff(path: Path) -> _Bands:
-    with _open_tiff(path) as tif:
-        pages = _tiff_pages(tif, path)
+def _check_pixels(tif: tifffile.TiffFile, page: Any, path: Path) -> None:
+    """Refuse a page whose pixels are not all there: its reader fills them with zeros."""
+    size = tif.filehandle.size
+    ends = np.add(page.dataoffsets, page.databytecounts, dtype=np.int64)
+    if not len(ends) or ends.max() > size:
+        raise truncated(path, f"its TIFF pixels end at byte {max(ends, default=0)} and the file at {size}")
+
+
+def _load_tiff(path: Path) -> Bands:
+    """The whole picture, upright."""
+    with open_tiff(path) as tif:
+        pages = main_pages(tif, path)
         page = pages[0]
         for each in {page.index: page for page in (*pages, tif.pages[-1])}.values():
-            _check_whole(tif, each, path)
-        if page.photometric not in (0, 1, 2, 3, 4, 5, 6, 34892) or (
-            page.photometric == 6 and page.compression not in (6, 7)
-        ):
-            raise ImageError(f"{path} is a TIFF of colour type {page.photometric!r}; expected grey, RGB or a palette")
+            _check_pixels(tif, each, path)
+            check_directory(tif, each, path)
+        check_colours(page, path)
         if len(pages) > 1:
             values = np.stack([each.asarray() for each in pages], axis=2)
         else:
             values = _single_page(tif, page, path)
-        extra = page.extrasamples
-        if any(extra):  # 1 and 2 are alpha, 0 an ordinary band
-            colours = values.shape[2] - len(extra)
-            values = values[..., [c for c in range(values.shape[2]) if c < colours or not extra[c - colours]]]
-        if values.ndim != 3 or values.size == 0 or not isinstance(page.bitspersample, int):
-            raise ImageError(f"{path} is a TIFF of shape {values.shape} and {page.bitspersample} bits: save it as RGB")
-        if not values.dtype.isnative:
-            values = values.astype(values.dtype.newbyteorder("="))
-        values = upright(values, _tiff_orientation(page))
-        # tifffile and ImageJ call boolean or inverted pictures white-is-zero and mean the stored values all the same
-        photometric = 1 if page.photometric == 0 and (tif.is_shaped or tif.is_imagej) else page.photometric
-        return _Bands(values, photometric, page.bitspersample, page.colormap, _tiff_nodata(page, path))
+        bands = stored_bands(tif, page, values, path)
+        return replace(bands, values=upright(bands.values, page_orientation(page)))
+
+
+def check_colours(page: Any, path: Path) -> None:
+    """Refuse a page of colours that no decoder here turns into RGB."""
+    if page.photometric not in (0, 1, 2, 3, 4, 5, 6, 34892) or (
+        page.photometric == 6 and page.compression not in (6, 7)
+    ):
+        raise ImageError(f"{path} is a TIFF of colour type {page.photometric!r}; expected grey, RGB or a palette")
+
+
+def stored_bands(tif: tifffile.TiffFile, page: Any, values: np.ndarray, path: Path) -> Bands:
+    """Describe decoded values of a page, (H, W, samples); alpha is dropped.
+
+    Raises:
+        ImageError: no picture, or samples of unequal depth.
+    """
+    kept = kept_bands(page, values.shape[-1])
+    if kept is not None:
+        values = values[..., kept]
+    if values.ndim != 3 or values.size == 0 or not isinstance(page.bitspersample, int):
+        raise ImageError(f"{path} is a TIFF of shape {values.shape} and {page.bitspersample} bits: save it as RGB")
+    if not values.dtype.isnative:
+        values = values.astype(values.dtype.newbyteorder("="))
+    # tifffile and ImageJ call boolean or inverted pictures white-is-zero and mean the stored values all the same
+    photometric = 1 if page.photometric == 0 and (tif.is_shaped or tif.is_imagej) else page.photometric
+    return Bands(values, photometric, page.bitspersample, page.colormap, page_nodata(page, path))
+
+
+def kept_bands(page: Any, samples: int) -> list[int] | None:
+    """Which of a page's samples are no alpha; None: all."""
+    extra = page.extrasamples
+    if not any(extra):  # 1 and 2 are alpha, 0 an ordinary band
+        return None
+    colours = samples - len(extra)
+    return [c for c in range(samples) if c < colours or not extra[c - colours]]
 
 
 def _single_page(tif: tifffile.TiffFile, page: Any, path: Path) -> np.ndarray:
@@ -163,7 +194,7 @@ def _single_page(tif: tifffile.TiffFile, page: Any, path: Path) -> np.ndarray:
     return np.moveaxis(values, 0, 2) if page.planarconfig == 2 else values
 
 
-def _dark_is_zero(bands: _Bands) -> np.ndarray:
+def _dark_is_zero(bands: Bands) -> np.ndarray:
     """The values with white-is-zero files turned round, as every viewer shows them."""
     values = bands.values
     if bands.photometric != 0 or values.dtype.kind not in "bu":
@@ -171,8 +202,8 @@ def _dark_is_zero(bands: _Bands) -> np.ndarray:
     return ~values if values.dtype == np.bool_ else (2**bands.bits - 1) - values
 
 
-def _valid_pixels(bands: _Bands) -> np.ndarray | None:
-    """(H, W) bool, False where every band equals the declared nodata value."""
+def valid_pixels(bands: Bands) -> np.ndarray | None:
+    """Where there is data, (H, W) bool: False where every band equals the declared nodata value."""
     if bands.nodata is None:
         return None
     values, nodata = bands.values, bands.nodata
@@ -186,7 +217,16 @@ def _valid_pixels(bands: _Bands) -> np.ndarray | None:
     return np.asarray(~same.all(axis=2))
 
 
-def _tiff_image(bands: _Bands, path: Path) -> np.ndarray:
+def image_values(bands: Bands, path: Path, *, stream: bool = False) -> np.ndarray:
+    """Turn stored values into a picture, (H, W, C) uint8, uint16 or float32, see image_io.read_image.
+
+    Args:
+        stream: the bands are a part of a picture, so the type must not depend on their values: whole numbers other
+            than uint8 and uint16 become float32.
+
+    Raises:
+        ImageError: colours or values that are no picture, or not finite.
+    """
     values = _dark_is_zero(bands)
     if bands.photometric == 3:
         return _apply_colormap(values, bands, path)
@@ -194,10 +234,12 @@ def _tiff_image(bands: _Bands, path: Path) -> np.ndarray:
         return _cmyk_to_rgb(values, path)
     if bands.bits < 8 and values.dtype.kind in "bu":
         return values.astype(np.uint8) * np.uint8(255 // (2**bands.bits - 1))
+    if stream and values.dtype.kind in "iu" and values.dtype not in (np.uint8, np.uint16):
+        return values.astype(np.float32)
     values = _to_image_dtype(values, path)
     if values.dtype == np.float32 and not np.isfinite(values).all():
         bad = ~np.isfinite(values).all(axis=2)
-        valid = _valid_pixels(bands)
+        valid = valid_pixels(bands)
         count = int(np.count_nonzero(bad if valid is None else bad & valid))
         if count:
             raise ImageError(
@@ -207,7 +249,7 @@ def _tiff_image(bands: _Bands, path: Path) -> np.ndarray:
     return values
 
 
-def _apply_colormap(values: np.ndarray, bands: _Bands, path: Path) -> np.ndarray:
+def _apply_colormap(values: np.ndarray, bands: Bands, path: Path) -> np.ndarray:
     colormap = bands.colormap
     if colormap is None or colormap.ndim != 2 or values.shape[2] != 1 or values.max() >= colormap.shape[1]:
         raise ImageError(f"{path} is a palette TIFF without a fitting palette: save it as RGB")
