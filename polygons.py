@@ -11,9 +11,8 @@ is valid.
 Coordinates are (x, y) of pixel corners: pixel (row, column) covers x column..column+1, y row..row+1.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -41,6 +40,15 @@ class Polygon:
     def rings(self) -> tuple[np.ndarray, ...]:
         """The exterior, then the holes."""
         return (self.exterior, *self.holes)
+
+
+@dataclass(frozen=True, eq=False)
+class Shape:
+    """A polygon that somebody drew: what read_geojson gives and ShapeIndex paints."""
+
+    name: str | None  # of its class
+    rings: tuple[np.ndarray, ...]  # closed, (n, 2) float64, pixels; the inside is where a ray crosses an odd number
+    feature: int = 0  # its number in the file, from 1
 
 
 def trace_bands(label_bands: Iterable[tuple[int, np.ndarray]]) -> Iterator[Polygon]:
