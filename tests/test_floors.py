@@ -13,10 +13,10 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
     {"image_headers"},
     {"tiff_io"},
-    {"image_io", "metrics", "networks", "object_metrics"},
-    {"augmentations", "cli", "losses", "model", "optim", "plots", "regions", "tiling"},
+    {"image_io", "metrics", "networks", "object_metrics", "spool"},
+    {"augmentations", "cli", "losses", "model", "optim", "plots", "regions", "slide_sources", "tile_pyramid", "tiling"},
     {"checkpoint", "pairing", "polygons", "postprocess", "run_folder", "slide_io", "slide_writer", "weights"},
-    {"backends", "classes", "outputs", "tissue"},
+    {"backends", "classes", "geojson", "outputs", "tissue"},
     {"dataset"},
     {"annotation", "noisy_labels", "scan", "selfsupervised"},
     {"normalisation"},
