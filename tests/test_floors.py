@@ -14,7 +14,7 @@ FLOORS = (
     {"image_headers"},
     {"tiff_io"},
     {"image_io", "metrics", "networks", "object_metrics", "spool"},
-    {"augmentations", "cli", "losses", "model", "optim", "plots", "regions", "slide_sources", "tile_pyramid", "tiling"},
+    {"augmentations", "cli", "losses", "model", "optim", "plots", "regions", "rle", "slide_sources", "tile_pyramid", "tiling"},
     {"checkpoint", "pairing", "polygons", "postprocess", "run_folder", "slide_io", "slide_writer", "weights"},
     {"backends", "classes", "geojson", "outputs", "tissue"},
     {"dataset"},
