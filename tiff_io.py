@@ -180,10 +180,16 @@ def kept_bands(page: Any, samples: int) -> list[int] | None:
     return [c for c in range(samples) if c < colours or not extra[c - colours]]
 
 
-def _single_page(tif: tifffile.TiffFile, page: Any, path: Path) -> np.ndarray:
-    """(H, W, C) of a page; ImageJ can keep a whole stack behind the one page it describes."""
+def hidden_stack(tif: tifffile.TiffFile, page: Any) -> int:
+    """How many pictures ImageJ keeps behind the one page it describes; 0 in any other file."""
     promised = int((tif.imagej_metadata or {}).get("images", 1)) if tif.is_imagej else 1
-    if promised > 1 and len(tif.pages) == 1 and page.samplesperpixel == 1:
+    return promised if promised > 1 and len(tif.pages) == 1 and page.samplesperpixel == 1 else 0
+
+
+def _single_page(tif: tifffile.TiffFile, page: Any, path: Path) -> np.ndarray:
+    """(H, W, C) of a page, or of the stack behind it."""
+    promised = hidden_stack(tif, page)
+    if promised:
         stack = tif.series[0].asarray().reshape(-1, page.imagelength, page.imagewidth)
         if len(stack) != promised:
             raise truncated(path, f"ImageJ's description promises {promised} pages and {len(stack)} can be read")
