@@ -177,17 +177,33 @@ class _Transform:
         self._matrix = np.array([[a, d], [b, e]]) * scale
         self._shift = np.array([c, f])
         self._step = -1 if determinant < 0 else 1  # a mirrored map turns the rings round
-        self._factor = int(scale) if affine is None and float(scale).is_integer() else None
         pixel = 1.0 if affine is None else math.sqrt(abs(determinant))
         self._decimals = max(_DECIMALS, math.ceil(_DECIMALS - math.log10(pixel)))
+        # Without rotation few numbers are written many times: the text of each column and each row.
+        self._texts: tuple[list[str], list[str]] | None = ([], []) if b == d == 0 else None
 
     def format_ring(self, ring: np.ndarray) -> str:
         """A ring (n, 2) as JSON, [[x,y],...]."""
-        if self._factor is not None:
-            flat = (ring * self._factor).ravel().tolist()
-            return "[" + ("[%d,%d]," * len(ring) % tuple(flat))[:-1] + "]"
-        points = np.round(ring[:: self._step] @ self._matrix + self._shift, self._decimals) + 0.0  # no -0
-        return str(points.tolist()).replace(" ", "").replace(".0,", ",").replace(".0]", "]")
+        ring = ring[:: self._step]
+        if self._texts is None:
+            points = ring @ self._matrix + self._shift
+            x, y = self._format(points[:, 0]), self._format(points[:, 1])
+        else:
+            x, y = (self._look_up(axis, ring[:, axis]) for axis in (0, 1))
+        return "[[" + "],[".join(map(",".join, zip(x, y, strict=True))) + "]]"
+
+    def _look_up(self, axis: int, numbers: np.ndarray) -> list[str]:
+        assert self._texts is not None
+        texts = self._texts[axis]
+        missing = int(numbers.max()) + 1 - len(texts)
+        if missing > 0:
+            more = np.arange(len(texts), len(texts) + max(missing, 4096))
+            texts += self._format(more * self._matrix[axis, axis] + self._shift[axis])
+        return list(map(texts.__getitem__, numbers.tolist()))
+
+    def _format(self, values: np.ndarray) -> list[str]:
+        rounded = np.round(values, self._decimals) + 0.0  # no -0
+        return [str(value).removesuffix(".0") for value in rounded.tolist()]
 
 
 def read_geojson(path: Path) -> tuple[list[Shape], list[Finding]]:
@@ -290,7 +306,7 @@ def _list_features(document: Any, path: Path) -> list[Any]:
             f"{path} is a FeatureCollection whose features are {_show(document.get('features'))}; expected a list: "
             "export it again"
         )
-    if kind == "Feature" or kind in ("Polygon", "MultiPolygon", "GeometryCollection"):
+    if kind == "Feature" or (isinstance(document, dict) and not {"coordinates", "geometries"}.isdisjoint(document)):
         return [document]
     keys = f"an object with {_show(list(document)[:6])}" if isinstance(document, dict) else _show(document)
     raise GeoJsonError(
@@ -341,7 +357,13 @@ def _read_rings(coordinates: list[Any]) -> tuple[np.ndarray, ...] | str:
 
 def _read_points(ring: Any) -> np.ndarray | None:
     """A list of [x, y, ...] as (n, 2) float64, None when it is anything else."""
-    if not isinstance(ring, list) or not all(isinstance(point, list) and len(point) >= 2 for point in ring):
+    if not isinstance(ring, list):
+        return None
+    with contextlib.suppress(ValueError):  # points of unequal lengths
+        points = np.array(ring)
+        if points.ndim == 2 and points.shape[1] >= 2 and points.dtype.kind in "iuf":
+            return points[:, :2].astype(np.float64)
+    if not all(isinstance(point, list) and len(point) >= 2 for point in ring):
         return None
     pairs = [number for point in ring for number in point[:2]]
     if not all(type(number) in (int, float) for number in pairs):

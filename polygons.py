@@ -11,7 +11,8 @@ is valid.
 Coordinates are (x, y) of pixel corners: pixel (row, column) covers x column..column+1, y row..row+1.
 """
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,11 @@ _BLOCK = 1 << 18  # pixels compared at a time: the intermediate arrays stay in t
 # A corner is packed into an int64: row, column, whether a horizontal edge starts here, rank among two at one point.
 _ROW, _COLUMN, _START, _SECOND = 32, 2, 2, 1
 _COLUMN_BITS = _ROW - _COLUMN
+
+_SLAB = 256  # rows of a slab of ShapeIndex
+_LONG = 64  # slabs an edge may cross before it is kept apart
+_FAR = 1 << 40  # pixels; what lies further out is moved here
+_PAINT = 1 << 20  # pixels painted at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +69,7 @@ def trace_bands(label_bands: Iterable[tuple[int, np.ndarray]]) -> Iterator[Polyg
             other label is one 4-connected region.
 
     Raises:
-        ValueError: the bands are not consecutive, differ in width, or a label is not one 4-connected region.
+        ValueError: the bands are not consecutive, differ in width, or a label has several outlines.
     """
     waiting: dict[int, list[np.ndarray]] = {}
     above = np.zeros(0, np.uint32)
@@ -242,3 +248,142 @@ def _check_one_exterior(labels: np.ndarray, areas: np.ndarray, firsts: np.ndarra
         raise ValueError(
             f"label {label} is not one 4-connected region: it has several outlines; expected a label for each region"
         )
+
+
+class ShapeIndex:
+    """Shapes that are painted window by window; a window looks only at the edges of its own rows.
+
+    A pixel belongs to a shape when its centre lies inside: a ray from it crosses the rings an odd number of times, so
+    holes are cut out. Shapes traced from a mask therefore give the mask again.
+
+    Args:
+        shapes: polygons in level-0 pixels. Later ones are painted over earlier ones.
+        scale: level-0 pixels for each pixel of the windows.
+    """
+
+    def __init__(self, shapes: Sequence[Shape | Polygon], scale: float = 1.0) -> None:
+        self.shapes = list(shapes)
+        rings = [(number, ring) for number, shape in enumerate(self.shapes) for ring in shape.rings]
+        head = np.concatenate([np.zeros((0, 2)), *(ring for _, ring in rings)])
+        tail = np.concatenate([np.zeros((0, 2)), *(part for _, ring in rings for part in (ring[1:], ring[:1]))])
+        head, tail = np.clip(head / scale, -_FAR, _FAR), np.clip(tail / scale, -_FAR, _FAR)
+        owner = np.repeat([number for number, _ in rings], [len(ring) for _, ring in rings]).astype(np.int64)
+        self._boxes = _find_boxes(head, owner, len(self.shapes))
+        upwards = head[:, 1] > tail[:, 1]
+        head[upwards], tail[upwards] = tail[upwards], head[upwards]
+        first, end = _round_up(head[:, 1] - 0.5), _round_up(tail[:, 1] - 0.5)  # rows whose centres the edge passes
+        crosses = first < end
+        self._head, self._owner = head[crosses], owner[crosses]
+        run, rise = (tail - head)[crosses].T
+        self._slope = run / rise
+        self._file_slabs(first[crosses], end[crosses])
+
+    def _file_slabs(self, first: np.ndarray, end: np.ndarray) -> None:
+        """Cut the edges at the borders of slabs and sort the pieces; very long edges stay whole in a list of theirs."""
+        slabs = (end - 1) // _SLAB - first // _SLAB + 1
+        self._long = np.flatnonzero(slabs > _LONG)
+        self._first, self._end = first, end
+        edges = np.repeat(np.flatnonzero(slabs <= _LONG), slabs[slabs <= _LONG])
+        slab = first[edges] // _SLAB + _count_within(slabs[slabs <= _LONG])
+        order = np.argsort(slab, kind="stable")
+        self._slab, self._edge = slab[order], edges[order]
+
+    def rasterise(self, top: int, left: int, height: int, width: int) -> np.ndarray:
+        """Which pixels of a window lie in any shape: (height, width) bool."""
+        return self._paint((top, left, height, width), np.ones(len(self.shapes), np.uint8)).astype(bool)
+
+    def rasterise_classes(
+        self, values: Mapping[str | None, int], top: int, left: int, height: int, width: int
+    ) -> np.ndarray:
+        """Paint every shape of a window with the value of its class.
+
+        Args:
+            values: class name (None for shapes without) to 0..65535. A class of value 0 erases what lies below it.
+            top, left, height, width: the window.
+
+        Returns:
+            (height, width) uint8, or uint16 when a value is above 255.
+
+        Raises:
+            ValueError: a shape's class has no value, or a value is out of range.
+        """
+        missing = {shape.name if isinstance(shape, Shape) else None for shape in self.shapes} - set(values)
+        if missing:
+            raise ValueError(
+                f"shapes have the classes {sorted(map(str, missing))}, which have no value; expected "
+                f"{sorted(map(str, values))}: name the value of each class, 0 for those to leave out"
+            )
+        highest = max(values.values(), default=0)
+        if min(values.values(), default=0) < 0 or highest > 0xFFFF:
+            raise ValueError(f"classes have the values {sorted(set(values.values()))}; expected 0 to 65535")
+        names = [shape.name if isinstance(shape, Shape) else None for shape in self.shapes]
+        dtype = np.uint8 if highest < 256 else np.uint16
+        return self._paint((top, left, height, width), np.array([values[name] for name in names], dtype))
+
+    def _paint(self, window: tuple[int, int, int, int], values: np.ndarray) -> np.ndarray:
+        """Paint shape after shape; values (n,) of the shapes."""
+        _, _, height, width = window
+        out = np.zeros(height * width, values.dtype)
+        owners, firsts, ends = self._find_spans(window)
+        paint, lengths = values[owners], ends - firsts
+        cuts = np.searchsorted(np.cumsum(lengths), np.arange(0, lengths.sum(), _PAINT), side="right")
+        for begin, stop in itertools.pairwise([*cuts, len(lengths)]):
+            sizes = lengths[begin:stop]
+            out[np.repeat(firsts[begin:stop], sizes) + _count_within(sizes)] = np.repeat(paint[begin:stop], sizes)
+        return out.reshape(height, width)
+
+    def _find_spans(self, window: tuple[int, int, int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Runs of pixels inside the shapes: shape, first pixel and end in the flattened window; shape after shape."""
+        top, left, height, width = window
+        low, high = np.searchsorted(self._slab, [top // _SLAB, (top + height - 1) // _SLAB + 1])
+        edges, slabs = self._edge[low:high], self._slab[low:high] * _SLAB
+        first, end = np.maximum(self._first[edges], slabs), np.minimum(self._end[edges], slabs + _SLAB)
+        edges = np.concatenate([edges, self._long])
+        first = np.maximum(np.concatenate([first, self._first[self._long]]), top)
+        end = np.minimum(np.concatenate([end, self._end[self._long]]), top + height)
+        box_left, box_right = self._boxes[self._owner[edges]].T
+        meets = (first < end) & (box_left < left + width) & (box_right > left)
+        edges, first, rows = edges[meets], first[meets], (end - first)[meets]
+        crossing, row = np.repeat(edges, rows), np.repeat(first, rows) + _count_within(rows)
+        x = self._head[crossing, 0] + (row + 0.5 - self._head[crossing, 1]) * self._slope[crossing]
+        column = np.clip(_round_up(x - 0.5) - left, 0, width)
+        line = self._owner[crossing] * height + (row - top)
+        owner_rows, columns = np.divmod(np.sort(line * (width + 1) + column), width + 1)
+        owners, rows = np.divmod(owner_rows[::2], height)
+        return owners, rows * width + columns[::2], rows * width + columns[1::2]
+
+
+def rasterise(
+    shapes: Sequence[Shape | Polygon], top: int, left: int, height: int, width: int, scale: float = 1.0
+) -> np.ndarray:
+    """Which pixels of one window lie in any shape, (height, width) bool; make a ShapeIndex for several windows."""
+    return ShapeIndex(shapes, scale).rasterise(top, left, height, width)
+
+
+def rasterise_classes(
+    shapes: Sequence[Shape],
+    values: Mapping[str | None, int],
+    window: tuple[int, int, int, int],
+    scale: float = 1.0,
+) -> np.ndarray:
+    """Paint the shapes of one window (top, left, height, width); see ShapeIndex.rasterise_classes."""
+    return ShapeIndex(shapes, scale).rasterise_classes(values, *window)
+
+
+def _find_boxes(points: np.ndarray, owner: np.ndarray, count: int) -> np.ndarray:
+    """Left and right end of each shape's points, (count, 2); owner ascends."""
+    boxes = np.zeros((count, 2))
+    owners, firsts = np.unique(owner, return_index=True)
+    if len(owners):
+        boxes[owners, 0] = np.minimum.reduceat(points[:, 0], firsts)
+        boxes[owners, 1] = np.maximum.reduceat(points[:, 0], firsts)
+    return boxes
+
+
+def _round_up(values: np.ndarray) -> np.ndarray:
+    return np.ceil(values).astype(np.int64)
+
+
+def _count_within(sizes: np.ndarray) -> np.ndarray:
+    """0..size-1 for each size, one after another."""
+    return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
