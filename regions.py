@@ -292,8 +292,7 @@ def label_components(
     if classes.max() <= 1:
         return _label_mask(classes, 4, measure)
     labels, boxes, centroids, count = np.zeros(classes.shape, np.int32), [], [], 0
-    present = np.flatnonzero(cv2.calcHist([classes], [0], None, [256], [0, 256]))
-    for value in present[present > 0]:
+    for value in list_classes(classes):
         mask = (classes == value).view(np.uint8)
         left, top, width, height = cv2.boundingRect(mask)
         mask = mask[top : top + height, left : left + width]
@@ -305,6 +304,12 @@ def label_components(
         boxes.append(part_boxes)
         centroids.append(np.zeros((0, 2)) if part_centroids is None else part_centroids + (left, top))
     return labels, np.concatenate(boxes), np.concatenate(centroids) if measure else None
+
+
+def list_classes(classes: np.ndarray) -> list[int]:
+    """The classes of a map (h, W) uint8 besides the background, ascending."""
+    counts = cv2.calcHist([classes], [0], None, [256], [0, 256])
+    return [int(value) for value in np.flatnonzero(counts) if value > 0]
 
 
 def _label_mask(mask: np.ndarray, connectivity: int, measure: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
