@@ -47,6 +47,13 @@ class Georeference:
         keys = self._value(34735) or ()
         return any(keys[i] == 1025 and keys[i + 3] == 2 for i in range(4, len(keys) - 3, 4))
 
+    def epsg(self) -> int | None:
+        """EPSG code of the map's coordinate system: projected if there is one, else geographic; None when not coded."""
+        keys = self._value(34735) or ()
+        codes = {keys[i]: keys[i + 3] for i in range(4, len(keys) - 3, 4) if keys[i + 1] == 0}
+        found = [codes[key] for key in (3072, 2048) if 0 < codes.get(key, 0) < 32767]
+        return int(found[0]) if found else None
+
     def scaled(self, factor: float) -> list[tuple[int, int, int, Any, bool]]:
         """The tags for a raster whose pixels are `factor` times as long, for tifffile's extratags."""
         shift = (factor - 1) / 2 if self._points() else 0.0  # raster coordinate u is factor * new + shift
@@ -245,7 +252,8 @@ class Slide:
     def _averaged_grid(self, scale: float, fill: np.ndarray) -> Grid:
         index = max(i for i, each in enumerate(self.levels) if each.scale < scale)
         source, factor = self._stored.levels[index], scale / self.levels[index].scale
-        if abs(factor - round(factor)) * max(self._size(scale)) < 0.5:  # half a source pixel over the whole picture
+        drift = abs(factor - round(factor))  # pixels of the level that each pixel of the grid would be out
+        if drift < 0.01 and drift * max(self._size(scale)) < 0.5:
             factor = float(round(factor))
             scale = factor * self.levels[index].scale
         size = self._size(scale)

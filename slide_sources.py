@@ -220,7 +220,8 @@ def _open_picture(path: Path, kind: str, max_decoded_gb: float) -> Stored:
         ) from error
     del data
     samples = 3 if header.palette or header.channels == 4 else header.channels
-    _check_decoded(path, (height, width, samples), 2 if header.bits > 8 else 1, max_decoded_gb)
+    itemsize = 2 if kind == "PNG" and header.bits > 8 else 1
+    _check_decoded(path, (height, width, samples), itemsize, max_decoded_gb)
     return Stored([_whole_level(path)], None, (), None, _do_nothing)
 
 
@@ -261,7 +262,8 @@ def _open_tiff_levels(path: Path, max_decoded_gb: float) -> Stored:
             check_directory(tif, page, path)
         check_colours(main, path)
         if main.compression in JPEG2000 and openslide_reads(path):
-            return _open_openslide(path, "JPEG 2000")
+            with contextlib.suppress(SlideError):  # it knows the layout, but not every kind of JPEG 2000 in it
+                return _open_openslide(path, "JPEG 2000")
         _check_codec(main, path)
         mpp_xy, nodata = _tiff_mpp(tif, main), page_nodata(main, path)
         tags = [(t.code, t.dtype, t.count, t.value) for t in map(main.tags.get, GEO_TAGS) if t is not None]
@@ -396,7 +398,8 @@ class _TiffLevel:
         """The level; its type and channels are tried out on one black pixel."""
         page = self.pages[0]
         pixel = image_values(self.template, self.path, stream=True)
-        _check_decoded(self.path, (*self.piece, pixel.shape[2]), page.dtype.itemsize, max_decoded_gb)
+        if not self.raw:
+            _check_decoded(self.path, (*self.piece, pixel.shape[2]), page.dtype.itemsize, max_decoded_gb)
         shape = (*self.size, pixel.shape[2])
         return Mosaic(shape, pixel.dtype, self.piece, self.load, f"{self.path}, level {self.index}")
 
