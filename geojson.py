@@ -270,8 +270,8 @@ def check_inside(shapes: Sequence[Shape], height: int, width: int, tolerance: fl
 
 
 def _decode(data: bytes, path: Path) -> str:
-    if not data.strip():
-        raise GeoJsonError(f"{path} is empty; expected GeoJSON: export it again")
+    if len(data.strip()) < 4:  # or nothing but a byte-order mark
+        raise GeoJsonError(f"{path} is empty ({len(data)} bytes); expected GeoJSON: export it again")
     codecs = ["utf-16"] if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ["utf-8-sig", "cp1251"]
     for codec in codecs:
         with contextlib.suppress(UnicodeDecodeError):
@@ -283,8 +283,9 @@ def _parse(text: str, path: Path) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        rest = text[error.pos :].strip()
-        found = "ends too early" if not rest else f"is not JSON at {rest[:20]!r}"
+        text = text.strip()
+        is_cut = text[:1] in ("[", "{") and text[-1] not in "]}"
+        found = "ends too early" if is_cut else f"is not JSON at {error.doc[error.pos :].strip()[:20]!r}"
         raise GeoJsonError(
             f"{path} {found} (line {error.lineno}, column {error.colno}: {error.msg}); expected a complete GeoJSON "
             "file: copy or export it again"
@@ -306,7 +307,9 @@ def _list_features(document: Any, path: Path) -> list[Any]:
             f"{path} is a FeatureCollection whose features are {_show(document.get('features'))}; expected a list: "
             "export it again"
         )
-    if kind == "Feature" or (isinstance(document, dict) and not {"coordinates", "geometries"}.isdisjoint(document)):
+    if kind == "Feature" or (
+        isinstance(document, dict) and not {"coordinates", "geometries", "geometry"}.isdisjoint(document)
+    ):
         return [document]
     keys = f"an object with {_show(list(document)[:6])}" if isinstance(document, dict) else _show(document)
     raise GeoJsonError(
@@ -371,7 +374,7 @@ def _read_points(ring: Any) -> np.ndarray | None:
     try:
         return np.array(pairs, np.float64).reshape(-1, 2)
     except OverflowError:  # an integer of hundreds of digits
-        return np.full((len(ring), 2), np.inf)
+        return np.full((len(ring), 2), np.nan)
 
 
 def _ring_problem(points: np.ndarray) -> str:
