@@ -36,7 +36,8 @@ class Geometry:
 
     kind `resize`: the whole image is resized to `size` and the probabilities are resized back.
     kind `crops`: native scale; training saw crops of `size`, larger images go through tiling.py.
-    Sizes are (height, width); tile, overlap and halo are pixels and belong to `crops`.
+    Sizes are (height, width); tile, overlap and halo are pixels and belong to `crops`. Slides are read at `mpp`
+    micrometres per pixel where both it and the slide's own are known, else reduced by `reduction`.
     """
 
     kind: str
@@ -44,6 +45,8 @@ class Geometry:
     tile: int = 0
     overlap: int = 0
     halo: int = 0
+    reduction: float = 1.0
+    mpp: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -179,8 +182,8 @@ def _refusal(error: BaseException) -> str:
     return f"is truncated or not a checkpoint ({reason}). Use another copy of the file."
 
 
-def find_checkpoint(folder: Path) -> Path:
-    """The newest best checkpoint (*.pth) of a run folder, or in the run folders inside it.
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The best checkpoints (*.pth) of a run folder, or of the run folders inside it, the oldest first.
 
     Raises:
         FileNotFoundError: no folder, or no *.pth in it.
@@ -192,4 +195,13 @@ def find_checkpoint(folder: Path) -> Path:
     found = sorted([*folder.glob("*.pth"), *folder.glob("*/*.pth")], key=lambda path: path.stat().st_mtime)
     if not found:
         raise FileNotFoundError(f"no *.pth in {folder} or in the folders inside it; train.py writes one for each run")
-    return found[-1]
+    return found
+
+
+def find_checkpoint(folder: Path) -> Path:
+    """The newest best checkpoint (*.pth) of a run folder, or in the run folders inside it.
+
+    Raises:
+        FileNotFoundError: no folder, or no *.pth in it.
+    """
+    return list_checkpoints(folder)[-1]

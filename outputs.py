@@ -34,6 +34,20 @@ def decide(probs: np.ndarray, threshold: float = 0.5) -> np.ndarray:
     return probs.argmax(axis=0).astype(np.uint8)
 
 
+def clear_outside(probs: np.ndarray, region: np.ndarray, *, has_background: bool) -> None:
+    """Make background, in place, of what lies outside the region where pixels count; nothing is learned there.
+
+    Args:
+        probs: (K, H, W). region: (H, W) bool. has_background: class 0 of several is the background; without one
+            the probabilities stay.
+    """
+    if probs.shape[0] == 1:
+        probs[:, ~region] = 0
+    elif has_background:
+        probs[:, ~region] = 0
+        probs[0, ~region] = 1
+
+
 def write_prediction(outputs: Outputs, config: ModelConfig, name: str, probs: np.ndarray, pred: np.ndarray) -> None:
     """Write what was asked for, but plots.
 

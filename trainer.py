@@ -22,7 +22,7 @@ from dataset import Batch, EvaluationSet, Sample, TrainingBatches, evaluation_lo
 from image_io import IGNORE_INDEX, resize_image
 from metrics import Scorer
 from optim import Schedule, ScheduleOptions, build_optimiser
-from outputs import decide
+from outputs import clear_outside, decide
 from pairing import Pair
 from plots import sample_panel
 from run_folder import RunFolder
@@ -69,20 +69,6 @@ def predict_samples(
                     clear_outside(probs, sample.region.numpy(), has_background=0 not in config.labels)
                 yield Prediction(sample, probs, mask)
             bar.update(len(samples))
-
-
-def clear_outside(probs: np.ndarray, region: np.ndarray, *, has_background: bool) -> None:
-    """Make background, in place, of what lies outside the region where pixels count; nothing is learned there.
-
-    Args:
-        probs: (K, H, W). region: (H, W) bool. has_background: class 0 of several is the background; without one
-            the probabilities stay.
-    """
-    if probs.shape[0] == 1:
-        probs[:, ~region] = 0
-    elif has_background:
-        probs[:, ~region] = 0
-        probs[0, ~region] = 1
 
 
 def _predict_resized(forward: Forward, samples: Sequence[Sample], _: ModelConfig) -> Iterator[np.ndarray]:

@@ -1,0 +1,439 @@
+"""Bands of probabilities -> files: masks, probabilities, overlays, label maps, polygons and run lengths of one picture.
+
+What is large goes through a spool on disk (slide_writer), so a killed command goes on where it stopped and memory does
+not grow with height; pictures that fit a PNG stay in memory. Objects are found in a second pass over the spooled mask.
+"""
+
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from postprocess import Filters, filter_bands
+
+from checkpoint import ModelConfig
+from geojson import GeoJsonWriter
+from image_io import ImageError, atomic_write, write_image, write_mask
+from outputs import decide, format_csv, label_values
+from plots import class_colours, overlay
+from polygons import trace_bands
+from regions import Bands, Objects, find_objects, label_bands, object_table
+from rle import RleEncoder
+from slide_io import Georeference
+from slide_writer import Job, Layer, open_job, required_disk
+
+KINDS = ("mask", "prob", "overlay", "labels", "geojson", "rle")
+RASTERS = {"mask": "masks", "prob": "raw", "labels": "labels"}  # kind -> folder
+OBJECT_KINDS = {"labels", "geojson"}
+FORMATS = ("auto", "png", "tiff", "ome", "flat")
+PNG_PIXELS = 50_000_000  # larger results are TIFF unless PNG was asked for
+OVERLAY_SIDE, PICTURE_SIDE = 4096, 1024  # longest side of saved overlays, and of those in TensorBoard
+
+
+@dataclass(frozen=True)
+class ResultOptions:
+    """What is written, where, and how probabilities become objects.
+
+    kinds: some of KINDS. form: one of FORMATS; auto is PNG for results up to PNG_PIXELS without map coordinates, else
+    a pyramid. threshold: object where p >= threshold (one class). geo: polygons in map coordinates.
+    """
+
+    folder: Path
+    kinds: tuple[str, ...] = ("mask",)
+    form: str = "auto"
+    threshold: float = 0.5
+    filters: Filters = Filters()
+    decimal: str = "comma"
+    geo: bool = False
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The raster that the results of one picture lie on.
+
+    scale: level-0 pixels for each pixel. mpp: micrometres per pixel, (x, y), or None. geo: map coordinates of level 0.
+    """
+
+    name: str
+    height: int
+    width: int
+    scale: float = 1.0
+    mpp: tuple[float, float] | None = None
+    geo: Georeference | None = None
+
+
+@dataclass
+class Summary:
+    """What came out of one picture: files, the share of each class, objects of each class (None: not counted)."""
+
+    files: list[Path] = field(default_factory=list)
+    shares: dict[str, float] = field(default_factory=dict)
+    objects: dict[str, int] | None = None
+    picture: np.ndarray | None = None
+
+    def text(self) -> str:
+        """One line for the terminal."""
+        parts = [f"{name} {share:.1%}" for name, share in self.shares.items()]
+        if self.objects is not None:
+            parts += [f"{count} objects of {name}" for name, count in self.objects.items()]
+        return ", ".join(parts)
+
+
+class MemoryStore:
+    """Rows of layers kept in memory, with the interface of slide_writer.Job."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.rows_done = 0
+        self.layers = {layer.name: layer for layer in layers}
+        self.arrays = {
+            layer.name: np.zeros((layer.height, layer.width, *([layer.bands] if layer.bands > 1 else [])), layer.kind)
+            for layer in layers
+        }
+
+    def append(self, rows: dict[str, np.ndarray]) -> None:
+        """The next rows of every layer."""
+        height = len(next(iter(rows.values())))
+        for name, values in rows.items():
+            self.arrays[name][self.rows_done : self.rows_done + height] = values
+        self.rows_done += height
+
+    def bands(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
+        """The whole layer as one band."""
+        yield 0, self.arrays[name]
+
+    def finish(self, name: str, path: Path) -> None:
+        """Write a layer as PNG."""
+        write_image(path, self.arrays[name])
+
+    def remove(self) -> None:
+        """Forget everything."""
+        self.arrays.clear()
+
+    close = remove
+
+
+class Results:
+    """The files of one picture in the making: add() every band from first_row on, then finish(). A context manager."""
+
+    def __init__(self, frame: Frame, config: ModelConfig, options: ResultOptions, digest: str) -> None:
+        self.frame, self.config, self.options, self.digest = frame, config, options, digest
+        self.form = choose_form(frame, options)
+        self.values = label_values(np.arange(len(config.class_names), dtype=np.uint8), config)
+        self.stores: list[Job | MemoryStore] = []
+        self.store = self._open_store("predicted", first_layers(frame, config, options))
+
+    def __enter__(self) -> "Results":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for store in self.stores:
+            store.close()
+
+    @property
+    def first_row(self) -> int:
+        """Rows above it are safe."""
+        return self.store.rows_done
+
+    @property
+    def folder(self) -> Path:
+        """The hidden working folder of this picture."""
+        return self.options.folder / f".{self.frame.name}.partial"
+
+    def _open_store(self, name: str, layers: Sequence[Layer]) -> Job | MemoryStore:
+        memory = self.form == "png"
+        self.stores.append(MemoryStore(layers) if memory else open_job(self.folder / name, self.digest, layers))
+        return self.stores[-1]
+
+    def add(self, probs: np.ndarray) -> None:
+        """Take the next rows: probabilities (K, h, W) float32."""
+        rows = {"mask": look_up(self.values, decide(probs, self.options.threshold))}
+        if "prob" in self.store.layers:
+            rows["prob"] = quantise(probs, self.store.layers["prob"].kind)
+        self.store.append(rows)
+
+    def finish(self, picture_of: Callable[[int], np.ndarray] | None = None, *, with_picture: bool = False) -> Summary:
+        """Write all files that were asked for, and forget the spool.
+
+        Args:
+            picture_of: the image (h, w, C) with one pixel for every n x n of the frame, for overlays; takes n.
+            with_picture: also leave a small overlay in the summary.
+        """
+        kinds, summary = set(self.options.kinds), Summary()
+        last = self._second_pass(summary)
+        holder = {kind: last if kind in last.layers else self.store for kind in RASTERS}
+        for kind, folder in RASTERS.items():
+            if kind in kinds:
+                summary.files.append(self._write(holder[kind], kind, folder))
+        if picture_of and "overlay" in kinds:
+            path = self.options.folder / "overlays" / f"{self.frame.name}.png"
+            write_image(path, self._overlay(holder["mask"], picture_of, OVERLAY_SIDE))
+            summary.files.append(path)
+        if picture_of and with_picture:
+            summary.picture = self._overlay(holder["mask"], picture_of, PICTURE_SIDE)
+        for store in self.stores:
+            store.remove()
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
+        return summary
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Everything that needs whole objects: filters, label maps, polygons, run lengths
+
+    def class_bands(self) -> Iterator[tuple[int, np.ndarray]]:
+        """The predicted mask as bands of class indices (h, W) uint8, the same each time."""
+        yield from self._indices(self.store)
+
+    def _indices(self, store: Job | MemoryStore) -> Iterator[tuple[int, np.ndarray]]:
+        table = np.zeros(int(self.values.max()) + 1, np.uint8)
+        table[self.values] = np.arange(len(self.values))
+        for top, values in store.bands("mask"):
+            yield top, look_up(table, values)
+
+    def _second_pass(self, summary: Summary) -> Job | MemoryStore:
+        """Filter and number the predicted mask and write what follows; the store that holds the final mask."""
+        filters, kinds = self.options.filters, set(self.options.kinds)
+        layers = second_layers(self.frame, self.config, self.options)
+        if self.form != "png" and layers:
+            shutil.rmtree(self.folder / "final", ignore_errors=True)  # half of a pass that was killed is not used
+        last = self._open_store("final", layers) if layers else self.store
+        bands: Bands = filter_bands(self.class_bands, filters) if filters != Filters() else self.class_bands
+        objects = find_objects(bands) if kinds & OBJECT_KINDS else None
+        counts = np.zeros(len(self.values), np.int64)
+        numbered = label_bands(bands, objects) if objects is not None else bands()
+        with ExitStack() as stack:
+            runs = self._open_runs(stack) if "rle" in kinds else None
+
+            def passing() -> Iterator[tuple[int, np.ndarray]]:
+                """Hand on the bands, and give every writer its part of them."""
+                class_of = None if objects is None else np.concatenate([[0], objects.class_index]).astype(np.uint8)
+                for top, band in numbered:
+                    classes = band if class_of is None else class_of[band]
+                    counts[:] += [np.count_nonzero(classes == k) for k in range(len(counts))]
+                    if layers:
+                        rows = {"mask": look_up(self.values, classes), "labels": band}
+                        last.append({layer.name: rows[layer.name] for layer in layers})
+                    if runs:
+                        runs.append(classes)
+                    yield top, band
+
+            if objects is not None and "geojson" in kinds:
+                self._write_polygons(passing(), objects, summary)
+            else:
+                deque(passing(), maxlen=0)
+            if runs:
+                summary.files.append(runs.finish())
+        names = self.config.class_names
+        shown = range(1 if names[0] == "background" else 0, len(names))
+        summary.shares = {names[k]: counts[k] / max(counts.sum(), 1) for k in shown}
+        if objects is not None:
+            found = np.bincount(objects.class_index, minlength=len(names))
+            summary.objects = {names[k]: int(found[k]) for k in shown if k}
+            summary.files.append(self._write_table(objects))
+        return last
+
+    def _open_runs(self, stack: ExitStack) -> "RunLengthFile":
+        names = {k: name for k, name in enumerate(self.config.class_names) if k or name != "background"}
+        ids = {k: self.frame.name if len(names) == 1 else f"{self.frame.name}_{name}" for k, name in names.items()}
+        path = self.options.folder / "rle" / f"{self.frame.name}.csv"
+        return stack.enter_context(RunLengthFile(path, self.frame.height, self.frame.width, ids))
+
+    def _write_polygons(self, numbered: Iterable[tuple[int, np.ndarray]], objects: Objects, summary: Summary) -> None:
+        """One feature for each object, written when it is complete."""
+        path = self.options.folder / "geojson" / f"{self.frame.name}.geojson"
+        names, geo = self.config.class_names, self.frame.geo if self.options.geo else None
+        if self.options.geo and geo is None:
+            raise ImageError(f"{self.frame.name} has no map coordinates (GeoTIFF tags); leave --geo out")
+        colours = {name: colour for name, colour in zip(names, class_colours(names), strict=True) if colour}
+        diameters = objects.equivalent_diameter
+        with GeoJsonWriter(
+            path,
+            scale=self.frame.scale,
+            affine=geo.affine() if geo else None,
+            epsg=geo.epsg() if geo else None,
+            colours=colours,
+        ) as writer:
+            for polygon in trace_bands(numbered):
+                place = polygon.label - 1
+                numbers = {"Area px^2": polygon.area, "Equivalent diameter px": round(float(diameters[place]), 3)}
+                writer.write(polygon, names[objects.class_index[place]], measurements=numbers)
+        summary.files.append(path)
+
+    def _write_table(self, objects: Objects) -> Path:
+        """objects/<name>.csv, in pixels of the label map and, where the slide says what they measure, micrometres."""
+        path = self.options.folder / "objects" / f"{self.frame.name}.csv"
+        mpp = None if self.frame.mpp is None else sum(self.frame.mpp) / 2
+        columns, rows = object_table(objects, self.config.class_names, mpp)
+        with atomic_write(path, "w") as file:
+            for text in csv_lines(columns, rows, self.options.decimal):
+                file.write(text)
+        return path
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def _write(self, store: Job | MemoryStore, layer: str, folder: str) -> Path:
+        """Write a layer under its folder; label maps past 65535 objects need TIFF."""
+        stem = self.options.folder / folder / self.frame.name
+        if isinstance(store, MemoryStore):
+            values = store.arrays[layer]
+            if layer == "labels":
+                values = values.astype(np.uint16) if values.max(initial=0) < 65536 else values
+                path = stem.with_name(f"{stem.name}{'.png' if values.dtype == np.uint16 else '.tif'}")
+                write_mask(path, values)
+            else:
+                path = stem.with_name(f"{stem.name}{'.png' if values.ndim == 2 else '.tif'}")
+                write_image(path, values)
+            return path
+        kind = layer_form(store.layers[layer], self.form)
+        path = stem.with_name(f"{stem.name}{'.ome.tif' if kind == 'ome' else '.tif'}")
+        tags = self.frame.geo.scaled(self.frame.scale) if self.frame.geo else ()
+        names = self.config.class_names[-self.config.num_logits :] if layer == "prob" else None
+        store.finish(layer, path, kind=kind, mpp=self.frame.mpp, extratags=tags, band_names=names)
+        return path
+
+    def _overlay(self, store: Job | MemoryStore, picture_of: Callable[[int], np.ndarray], side: int) -> np.ndarray:
+        """The mask over the image, no longer than `side` pixels: (h, w, 3) uint8."""
+        step = -(-max(self.frame.height, self.frame.width) // side)
+        rows = []
+        for top, classes in self._indices(store):
+            rows.append(classes[-top % step :: step, ::step])
+        return overlay(picture_of(step), np.concatenate(rows), class_colours(self.config.class_names))
+
+
+class RunLengthFile:
+    """Rows `id,predicted` of one picture, one for each class that is not the background."""
+
+    def __init__(self, path: Path, height: int, width: int, ids: dict[int, str]) -> None:
+        self.path, self.ids = path, ids
+        self.encoders = {k: RleEncoder(height, width) for k in ids}
+
+    def __enter__(self) -> "RunLengthFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.encoders.clear()
+
+    def append(self, classes: np.ndarray) -> None:
+        """The next rows, class indices (h, W)."""
+        for k, encoder in self.encoders.items():
+            encoder.append(classes == k)
+
+    def finish(self) -> Path:
+        """Write the file."""
+        with atomic_write(self.path, "w") as file:
+            file.write("id,predicted\n")
+            for k, encoder in self.encoders.items():
+                file.write(csv_word(self.ids[k]) + ",")
+                file.writelines(encoder.finish())
+                file.write("\n")
+        return self.path
+
+
+def csv_word(text: str) -> str:
+    """A cell of a csv file with commas between cells."""
+    return '"' + text.replace('"', '""') + '"' if set(text) & set(',"\n') else text
+
+
+def csv_lines(columns: Sequence[str], rows: Sequence[dict[str, Any]], decimal: str) -> Iterator[str]:
+    """The text of a table in pieces of some thousand rows, see outputs.format_csv."""
+    yield format_csv(columns, [], decimal)
+    for start in range(0, len(rows), 4096):
+        yield format_csv(columns, rows[start : start + 4096], decimal).split("\n", 1)[1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Layers and formats
+
+
+def choose_form(frame: Frame, options: ResultOptions) -> str:
+    """The format of rasters: what was asked for, or PNG for what fits one and has no map coordinates, else a pyramid.
+
+    Raises:
+        ValueError: PNG was asked for a result that is too large to be held in memory.
+    """
+    small = frame.height * frame.width <= PNG_PIXELS
+    if options.form == "auto":
+        return "png" if small and frame.geo is None else "ome"
+    if options.form == "png" and not small:
+        raise ValueError(
+            f"{frame.name}: a result of {frame.height} x {frame.width} pixels is held in memory to become a PNG; "
+            f"expected at most {PNG_PIXELS / 1e6:.0f} megapixels: use --format ome, or read it smaller (--reduce)"
+        )
+    return options.form
+
+
+def layer_form(layer: Layer, form: str) -> str:
+    """The format of one layer: flat pages hold 8 bits of one band, other layers become OME-TIFF beside them."""
+    return "ome" if form == "flat" and (layer.kind != np.uint8 or layer.bands > 1) else form
+
+
+def first_layers(frame: Frame, config: ModelConfig, options: ResultOptions) -> list[Layer]:
+    """What is spooled while the network runs: the mask, and probabilities if they are saved."""
+    form = choose_form(frame, options)
+    final = "mask" in options.kinds and options.filters == Filters()
+    layers = [_layer(frame, form, "mask", label_values(np.zeros((1, 1), np.uint8), config).dtype, final=final)]
+    if "prob" in options.kinds:
+        kind = np.uint8 if form == "flat" and config.num_logits == 1 else np.uint16
+        layers.append(_layer(frame, form, "prob", kind, shrink="mean", bands=config.num_logits))
+    return layers
+
+
+def second_layers(frame: Frame, config: ModelConfig, options: ResultOptions) -> list[Layer]:
+    """What is spooled when whole objects are known: the filtered mask and the label map."""
+    form = choose_form(frame, options)
+    layers = []
+    if options.filters != Filters():
+        layers.append(_layer(frame, form, "mask", label_values(np.zeros((1, 1), np.uint8), config).dtype))
+    if "labels" in options.kinds:
+        layers.append(_layer(frame, form, "labels", np.dtype(np.uint32)))
+    return layers
+
+
+def _layer(
+    frame: Frame, form: str, name: str, kind: Any, *, shrink: str = "nearest", bands: int = 1, final: bool = True
+) -> Layer:
+    return Layer(name, frame.height, frame.width, bands, kind, shrink, pyramid=final and form in ("ome", "flat"))
+
+
+def disk_needed(frame: Frame, config: ModelConfig, options: ResultOptions) -> tuple[int, int]:
+    """Bytes on disk that the results of a picture take while they are made: (expected, at most)."""
+    layers = first_layers(frame, config, options) + second_layers(frame, config, options)
+    if choose_form(frame, options) == "png":
+        raw = sum(layer.height * layer.width * layer.bands * layer.kind.itemsize for layer in layers)
+        return raw // 4, raw
+    needs = [required_disk([layer]) for layer in layers]
+    return sum(need.expected for need in needs), sum(need.worst for need in needs)
+
+
+def existing_files(folder: Path, name: str, kinds: Sequence[str]) -> list[Path]:
+    """Result files of a picture that are there, of the kinds asked for."""
+    folders = {**RASTERS, "overlay": "overlays", "geojson": "geojson", "rle": "rle"}
+    found = []
+    for kind in kinds:
+        for suffix in (".png", ".tif", ".ome.tif", ".geojson", ".csv"):
+            path = folder / folders[kind] / f"{name}{suffix}"
+            if path.exists():
+                found.append(path)
+    return found
+
+
+def look_up(table: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """table[values]; many times faster where both are 8 bit."""
+    if table.dtype == np.uint8 and values.dtype == np.uint8:
+        whole = np.zeros(256, np.uint8)
+        whole[: len(table)] = table
+        return cv2.LUT(values, whole)
+    return table[values]
+
+
+def quantise(probs: np.ndarray, kind: np.dtype) -> np.ndarray:
+    """Probabilities (K, h, W) as whole numbers of which the largest is 1: (h, W) for K = 1, else (h, W, K)."""
+    top = np.iinfo(kind).max
+    scaled = np.clip(probs, 0, 1) * np.float32(top)
+    np.rint(scaled, out=scaled)
+    result = scaled.astype(kind)
+    return result[0] if len(result) == 1 else result.transpose(1, 2, 0)
