@@ -9,6 +9,7 @@ portions and however often the work was interrupted.
 import contextlib
 import hashlib
 import os
+import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -133,7 +134,7 @@ class Job:
             pyramid.resume(rows, size)
         if not lines:
             self._journal.append(header)
-            sync_folder(self.folder)
+        sync_folder(self.folder)
         self.rows_done = self._taken = rows
 
     def _last_safe(self, lines: Sequence[tuple[int, Any]]) -> tuple[int, int, list[list[int]]]:
@@ -147,8 +148,9 @@ class Job:
 
     def _delete_files(self) -> None:
         self._journal.path.unlink(missing_ok=True)  # first: spools without a journal are nothing
-        for path in (*self.folder.glob("*.tiles"), *self.folder.glob("*.index")):
-            path.unlink(missing_ok=True)
+        for path in list(self.folder.iterdir()):
+            if re.fullmatch(r"[\w-]+\.\d+\.(tiles|index)", path.name):
+                path.unlink(missing_ok=True)
 
     # ---- writing
 

@@ -15,6 +15,7 @@ from typing import IO, Any
 
 import numpy as np
 
+FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 INDEX_ENTRY = np.dtype([("offset", "<u8"), ("length", "<u4"), ("crc", "<u4")])
 
 
@@ -79,10 +80,13 @@ class Spool:
         entries = self._read_index(start, stop)
         tiles = []
         with self.path.open("rb") as handle:
-            for number, entry in enumerate(entries, start):
-                handle.seek(int(entry["offset"]))
-                tile = handle.read(int(entry["length"]))
-                if len(tile) != entry["length"] or zlib.crc32(tile) != entry["crc"]:
+            size = os.fstat(handle.fileno()).st_size
+            for number, (offset, length, crc) in enumerate(entries.tolist(), start):
+                if offset + length > size:
+                    raise DamagedTile(number)
+                handle.seek(offset)
+                tile = handle.read(length)
+                if len(tile) != length or zlib.crc32(tile) != crc:
                     raise DamagedTile(number)
                 tiles.append(tile)
         return tiles
@@ -260,10 +264,11 @@ def naming(path: Path, what: str, temporary: Path | None = None) -> Iterator[Non
     except OSError as error:
         if error.filename is not None and str(error.filename) not in (str(path), str(temporary), str(path.parent)):
             raise
+        advice = "make room" if error.errno in FULL else "put that right"
         raise OSError(
             error.errno,
-            f"{error.strerror or error}; this was being written: {what}. Everything finished before is kept: "
-            "make room, then run the same command again",
+            f"{error.strerror or error}; this was being written: {what}. Everything finished before is kept: {advice}, "
+            "then run the same command again",
             str(path),
         ) from error
 

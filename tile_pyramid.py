@@ -24,6 +24,7 @@ SHRINKS = ("nearest", "mean")
 # libdeflate's levels. Discrete tiles: 2 is smaller than zlib's 3 and as fast as its 1. Continuous ones: 1 takes half of
 # level 2's time for 2 % more bytes, and half of zlib's 1.
 LEVELS = {"nearest": 2, "mean": 1}
+AT_ONCE = 32  # tiles in work; all of a row would be as large as the row itself
 REMEMBERED = 64  # encoded tiles of one value that are kept
 
 
@@ -109,7 +110,15 @@ class Layer:
 
     def describe(self) -> dict[str, Any]:
         """Plain values that are equal exactly for layers that give equal files."""
-        return {**self.__dict__, "dtype": self.kind.name}
+        numbers = {name: int(getattr(self, name)) for name in ("height", "width", "bands", "tile")}
+        return {
+            **numbers,
+            "name": self.name,
+            "dtype": self.kind.name,
+            "shrink": self.shrink,
+            "pyramid": self.pyramid,
+            "rgb": self.rgb,
+        }
 
 
 def shrink_plane(plane: np.ndarray, shrink: str, level: int) -> np.ndarray:
@@ -168,9 +177,11 @@ class Pyramid:
             return
         self._filled[level] = 0
         done = buffer[:, :filled]
-        self.spools[level].append(self._encode(done))
+        self._write(level, done)
         if level + 1 < len(self.sizes):
             self._push(level + 1, self._shrink(done, level + 1))
+        if self._top(level) >= height:
+            self._buffers[level] = None
 
     def _top(self, level: int) -> int:
         """First row of the tile row that comes next."""
@@ -183,11 +194,12 @@ class Pyramid:
         """Tiles in one row of tiles, all planes counted."""
         return -(-self.sizes[level][1] // self.layer.tile) * self.layer.planes
 
-    def _encode(self, rows: np.ndarray) -> list[bytes]:
-        """A tile row (planes, h, w, samples) -> encoded tiles, plane by plane, left to right."""
+    def _write(self, level: int, rows: np.ndarray) -> None:
+        """Encode a tile row (planes, h, w, samples) plane by plane, left to right, into the spool."""
         side = self.layer.tile
         tiles = [plane[:, left : left + side] for plane in rows for left in range(0, rows.shape[2], side)]
-        return list(self._pool.map(self._encode_tile, tiles))
+        for start in range(0, len(tiles), AT_ONCE):
+            self.spools[level].append(list(self._pool.map(self._encode_tile, tiles[start : start + AT_ONCE])))
 
     def _encode_tile(self, tile: np.ndarray) -> bytes:
         first = tile[0, 0]
@@ -221,12 +233,14 @@ class Pyramid:
         height, width = self.sizes[level]
         rows = np.empty((min(side, height - row * side), width, layer.bands), layer.kind)
         across = self.tiles_across(level)
-        encoded = self.read_encoded(level, row * across, (row + 1) * across)
         columns = across // layer.planes
-        for number, tile in enumerate(self._pool.map(self._decode_tile, encoded)):
-            plane, left = number // columns, number % columns * side
-            target = rows[:, left : left + side, plane : plane + layer.samples]
-            target[:] = tile[: target.shape[0], : target.shape[1]]
+        for start in range(0, across, AT_ONCE):
+            stop = min(start + AT_ONCE, across)
+            encoded = self.read_encoded(level, row * across + start, row * across + stop)
+            for number, tile in enumerate(self._pool.map(self._decode_tile, encoded), start):
+                plane, left = number // columns, number % columns * side
+                target = rows[:, left : left + side, plane : plane + layer.samples]
+                target[:] = tile[: target.shape[0], : target.shape[1]]
         return rows
 
     def _decode_tile(self, data: bytes) -> np.ndarray:
@@ -260,8 +274,9 @@ class Pyramid:
         columns = across // self.layer.planes
         for plane in range(self.layer.planes):
             for row in range(-(-height // self.layer.tile)):
-                start = row * across + plane * columns
-                yield from self.read_encoded(level, start, start + columns)
+                end = row * across + (plane + 1) * columns
+                for start in range(end - columns, end, AT_ONCE):
+                    yield from self.read_encoded(level, start, min(start + AT_ONCE, end))
 
     # ---- going on
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -280,6 +281,24 @@ def test_many_different_constant_tiles(tmp_path):
         np.testing.assert_array_equal(next(job.bands("labels"))[1], pixels[..., 0])
 
 
+def test_memory_is_a_few_rows_of_tiles_whatever_the_height(tmp_path, monkeypatch):
+    monkeypatch.setattr(tile_pyramid, "AT_ONCE", 4)
+    portion = np.random.default_rng(0).integers(0, 65536, (128, 2048, 2), np.uint16)
+    peaks = []
+    for tile_rows in (4, 16):
+        layer = Layer("prob", 128 * tile_rows, 2048, 2, np.uint16, "mean", tile=128)
+        with open_job(tmp_path / f"job{tile_rows}", "d", [layer]) as job:
+            tracemalloc.start()
+            for _ in range(tile_rows):
+                job.append({"prob": portion})
+            for _ in job.bands("prob"):
+                pass
+            job.finish("prob", tmp_path / "p.tif", kind="ome")
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+    assert max(peaks) < 3.5 * portion.nbytes and peaks[1] < 1.1 * peaks[0]
+
+
 # ---- going on
 
 
@@ -400,7 +419,7 @@ def test_a_torn_journal_line_does_not_count(tmp_path, uninterrupted):
 
 
 WORKER = """
-import sys
+import sys, time
 from pathlib import Path
 sys.path[:0] = [{root!r}, {tests!r}]
 from slide_writer import open_job
@@ -413,6 +432,9 @@ with open_job(folder / "job", "digest", layers) as job:
     print("rows", job.rows_done, flush=True)
     for top in range(job.rows_done, job.height, 8):
         job.append({{name: image[top : top + 8] for name, image in pixels.items()}})
+        print("appended", flush=True)
+        time.sleep(0.01)
+    print("finishing", flush=True)
     finish_all(job, folder / "out")
 print("complete", flush=True)
 """
@@ -423,20 +445,21 @@ def test_sigkill_at_random_moments(tmp_path, uninterrupted):
     _, _, files = uninterrupted
     code = WORKER.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(tmp_path))
     moments = random.Random(5)
-    killed, resumed = 0, 0
-    for _ in range(30):
+    starts = []
+    for kill in range(7):  # five times while rows come in, once while files are written
         process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        if killed < 5:
-            time.sleep(moments.uniform(0, 0.2))
+        assert process.stdout is not None
+        said = [process.stdout.readline(), process.stdout.readline()]
+        starts.append(int(said[1].split()[1]))
+        if kill < 6:
+            for _ in range(moments.randrange(2, 8) if kill < 5 else 100):
+                if process.stdout.readline() == "finishing\n":
+                    break
+            time.sleep(moments.uniform(0, 0.01))
             process.send_signal(signal.SIGKILL)
-        said = process.communicate()[0]
-        killed += process.returncode == -signal.SIGKILL
-        resumed += any(line.startswith("rows") and line != "rows 0" for line in said.splitlines())
-        if killed >= 5 and process.returncode == 0:
-            break
-    assert killed >= 5 and process.returncode == 0
-    assert resumed >= 1
+        process.communicate()
+        assert process.returncode == (-signal.SIGKILL if kill < 6 else 0)
+    assert starts == sorted(starts) and starts[-1] >= 2 * TILE
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == files
 
 
@@ -464,6 +487,7 @@ def test_another_digest_or_layer_or_journal_starts_anew(tmp_path):
 
     prepare()
     (tmp_path / "job" / "notes.txt").write_text("mine")
+    (tmp_path / "job" / "book.index").write_text("mine too")
     for digest, other in (("e", layer), ("d", Layer("mask", 100, 90, 1, np.uint8, "mean", tile=TILE))):
         with open_job(tmp_path / "job", digest, [other]) as job:
             assert job.rows_done == 0 and list(job.bands("mask")) == []
@@ -474,7 +498,7 @@ def test_another_digest_or_layer_or_journal_starts_anew(tmp_path):
     with open_job(tmp_path / "job", "d", [layer]) as job:
         assert job.rows_done == 0
         job.remove()
-    assert [path.name for path in (tmp_path / "job").iterdir()] == ["notes.txt"]
+    assert sorted(path.name for path in (tmp_path / "job").iterdir()) == ["book.index", "notes.txt"]
 
 
 # ---- locks and damage
@@ -525,6 +549,12 @@ def test_damage_names_the_tile(tmp_path):
         with pytest.raises(JobError, match=message):
             list(job.bands("prob"))
         assert len(list(job.bands("prob", 1))) == 2
+        for field, value in (("offset", 2**63 + 5), ("length", 2**32 - 1), ("crc", 0)):
+            broken = index.copy()
+            broken[field][tile] = value
+            broken.tofile(tmp_path / "job" / "prob.0.index")
+            with pytest.raises(JobError, match=message):
+                list(job.bands("prob"))
 
 
 def test_a_full_disk_names_the_file_and_keeps_the_rest(tmp_path, uninterrupted, monkeypatch):
