@@ -313,7 +313,7 @@ def test_collections_inside_each_other_end(tmp_path):
         ),
         (b'{"type": "FeatureCollection", "features": [}', r"is not JSON at '\}' \(line 1, column 44"),
         (b"id,predicted\n1,2 3", r"is not JSON at 'id,predicted 1,2 3'|is not JSON at 'id,predicted"),
-        (b"\x98\x00\xff", r"is not text in utf-8-sig or cp1251; expected GeoJSON: save it as UTF-8"),
+        (b"\x98\x00\xff\xff", r"is not text in utf-8-sig or cp1251; expected GeoJSON: save it as UTF-8"),
         (b"\xff\xfe\x00\xd8", r"is not text in utf-16"),
         (b"[" * 200_000, r"is no GeoJSON \(.*recursion.*expected features"),
         (b"[" + b"9" * 5000 + b"]", r"is no GeoJSON \(.*digits"),
