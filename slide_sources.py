@@ -6,6 +6,7 @@ when a window touches them. Pixels have the types and channels of image_io.read_
 
 import contextlib
 import math
+import mmap
 import re
 import threading
 from collections import OrderedDict
@@ -19,7 +20,7 @@ import numpy as np
 import tifffile
 from PIL import BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
-from image_headers import DECODE_ERRORS, ImageError, scan_header, sniff
+from image_headers import DECODE_ERRORS, ImageError, scan_header, sniff, truncated
 from image_io import read_image, read_valid
 from tiff_io import (
     Bands,
@@ -209,8 +210,8 @@ def open_stored(path: Path, max_decoded_gb: float) -> Stored:
 
 
 def _open_picture(path: Path, kind: str, max_decoded_gb: float) -> Stored:
-    data = path.read_bytes()
-    header = scan_header(kind, data, path)
+    with path.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        header = scan_header(kind, data, path)
     try:
         with _HEADERS[kind](path) as picture:
             width, height = picture.size
@@ -218,7 +219,6 @@ def _open_picture(path: Path, kind: str, max_decoded_gb: float) -> Stored:
         raise SlideError(
             f"{path} has a damaged {kind} header ({error}); expected a complete file: copy or export it again"
         ) from error
-    del data
     samples = 3 if header.palette or header.channels == 4 else header.channels
     itemsize = 2 if kind == "PNG" and header.bits > 8 else 1
     _check_decoded(path, (height, width, samples), itemsize, max_decoded_gb)
@@ -326,23 +326,25 @@ def _check_codec(page: Any, path: Path) -> None:
         ) from None
     if page.compression == 33003:
         raise _needs_openslide(path, "JPEG 2000 of this kind (33003)")
+    if page.imagelength * page.imagewidth == 0:
+        raise SlideError(f"{path} is a TIFF of no pixels; expected at least one: copy or export it again")
     if page.dtype is None:
         raise SlideError(f"{path} is a TIFF of {page.bitspersample} bits a sample: save it with 8, 16 or 32")
 
 
 def _level_pages(tif: tifffile.TiffFile, pages: list[Any]) -> list[list[Any]]:
     """The pages of each level, largest first; a level has as many as there are bands in pages of their own."""
-    main, found = pages[0], []
-    if all(page.pages is not None for page in pages):
-        count = min(len(page.pages) for page in pages)
-        found = [[page.pages[i] for page in pages] for i in range(count)]
-    else:
-        groups: dict[tuple[int, ...], list[Any]] = {}
-        for page in tif.pages:
+    main = pages[0]
+    below = min(len(page.pages or ()) for page in pages)
+    found = [[page.pages[i] for page in pages] for i in range(below)]
+    groups: dict[tuple[int, ...], list[Any]] = {}
+    page: Any
+    for page in tif.pages:
+        if not page.subfiletype & 4:  # a transparency mask
             groups.setdefault(page.shape, []).append(page)
-        found = [group for group in groups.values() if len(group) == len(pages)]
-    found = [group for group in found if all(_is_reduced(tif, page, main) for page in group)]
-    return [pages, *sorted(found, key=lambda group: -group[0].imagewidth * group[0].imagelength)]
+    found += [group for group in groups.values() if len(group) == len(pages)]
+    reduced = {group[0].shape: group for group in found if all(_is_reduced(tif, page, main) for page in group)}
+    return [pages, *sorted(reduced.values(), key=lambda group: -group[0].imagewidth * group[0].imagelength)]
 
 
 def _is_reduced(tif: tifffile.TiffFile, page: Any, main: Any) -> bool:
@@ -386,6 +388,10 @@ class _TiffLevel:
             self.piece = min(page.rowsperstrip, page.imagelength), page.imagewidth
         self.columns = math.ceil(page.imagewidth / self.piece[1])
         self.rows = math.ceil(page.imagelength / self.piece[0])
+        listed, needed = min(len(p.dataoffsets) for p in pages), self.rows * self.columns * self.planes
+        if listed < needed and not self.raw:
+            raise truncated(path, f"its directory lists {listed} tiles or strips of {needed}")
+        self.tables = {id(p): {"jpegtables": p.jpegtables, "jpegheader": p.jpegheader} for p in pages}
         count = len(pages) * page.samplesperpixel
         self.kept = kept_bands(page, count)
         check_colours(page, path)
@@ -447,12 +453,9 @@ class _TiffLevel:
 
     def _segment(self, page: Any, plane: int, row: int, column: int) -> np.ndarray:
         index = (plane * self.rows + row) * self.columns + column
-        if index >= len(page.dataoffsets) or index >= len(page.databytecounts):
-            raise DamagedPieceError(f"it has no place in the file, which lists {len(page.dataoffsets)} pieces")
         count = page.databytecounts[index]
         data = self._bytes(page.dataoffsets[index], count) if count else None
-        tables = {"jpegtables": page.jpegtables, "jpegheader": page.jpegheader}
-        values, _, shape = page.decode(data, index, **tables)
+        values, _, shape = page.decode(data, index, **self.tables[id(page)])
         if values is None:  # never written: a sparse file
             values = np.full(shape, page.nodata, page.dtype)
         values = values[0]

@@ -221,6 +221,7 @@ MORE = {
     "jpeg2000.tif": tiff(SMOOTH, compression="jpeg2000", tile=(64, 64)),
     "ome.tif": tiff(np.moveaxis(NOISE, 2, 0), ome=True, photometric="minisblack", metadata={"axes": "CYX"}),
     "five.tif": tiff(NOISE[None, None].transpose(0, 1, 4, 2, 3), ome=True, metadata={"axes": "TZCYX"}),
+    "sparse.tif": tiff(iter([NOISE[:64, :64], None] * 18), shape=(384, 384, 3), dtype="u1", tile=(64, 64)),
     "one_row.tif": tiff(NOISE[:1], tile=(16, 16)),
     "one_pixel.tif": tiff(NOISE[:1, :1]),
     "one_column.png": encode(NOISE[:, :1], "PNG"),
@@ -326,6 +327,18 @@ def test_label_macro_and_thumbnail_are_no_levels(tmp_path):
         assert slide.mpp == 0.251 and slide.grid(mpp=1.004).scale == 4
         assert slide.grid(mpp=0.502).mpp == pytest.approx(0.502)
         np.testing.assert_array_equal(read_whole(slide.grid(level=1)), NOISE[::4, ::4])
+
+
+def test_masks_beside_the_levels_are_left_out(tmp_path):
+    grey = NOISE[..., 0]
+    with tifffile.TiffWriter(tmp_path / "a.tif") as writer:
+        for step in (1, 2):
+            reduced, small = int(step > 1), grey[::step, ::step]
+            writer.write(small, tile=(32, 32), metadata=None, subfiletype=reduced)
+            writer.write(small > 9, tile=(32, 32), metadata=None, subfiletype=4 + reduced, photometric="mask")
+    with open_slide(tmp_path / "a.tif") as slide:
+        assert slide.channels == 1
+        np.testing.assert_array_equal(read_whole(slide.grid(level=1))[..., 0], grey[::2, ::2])
 
 
 def test_pages_of_other_pictures_are_no_levels(tmp_path):
