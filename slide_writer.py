@@ -206,11 +206,10 @@ class Job:
         self._failed = False
 
     def _commit(self) -> None:
-        sizes = []
-        for pyramid in self._pyramids.values():
-            for spool in pyramid.spools:
-                spool.sync()
-            sizes.append([spool.size for spool in pyramid.spools])
+        pyramids = self._pyramids.values()
+        spools = [spool for pyramid in pyramids for spool in pyramid.spools]
+        list(self._pool.map(lambda spool: spool.sync(), spools))  # at once: the disk takes them together
+        sizes = [[spool.size for spool in pyramid.spools] for pyramid in pyramids]
         self._journal.append({"rows": self._taken, "sizes": sizes})
         self.rows_done = self._taken
 

@@ -35,6 +35,12 @@ SIDES = [
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(autouse=True)
+def quick_disk(monkeypatch):
+    """Nothing here outlives the system, so nothing need wait for the disk: what is synced when is a test of its own."""
+    monkeypatch.setattr(os, "fsync", lambda number: None)
+
+
 # ---- independent slow references
 
 
@@ -339,6 +345,35 @@ def test_every_row_of_tiles_is_a_place_to_go_on(tmp_path, uninterrupted, done):
         assert finish_all(job, tmp_path / "again") == files
         job.remove()
     assert not (tmp_path / "job").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc to tell which file is synced")
+def test_files_are_on_the_disk_before_the_journal_counts_them(tmp_path, uninterrupted, monkeypatch):
+    layers, pixels, _ = uninterrupted
+    synced = {}  # file name: size when it was last synced
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda number: synced.update({Path(f"/proc/self/fd/{number}").readlink().name: os.fstat(number).st_size}),
+    )
+    checked = 0
+    append = spool.Journal.append
+
+    def check(journal, content):
+        nonlocal checked
+        if "rows" in content:
+            sizes = {path.name: path.stat().st_size for path in journal.path.parent.glob("*.*.*")}
+            assert {name: size for name, size in synced.items() if name in sizes} == sizes
+            checked += 1
+        append(journal, content)
+        assert synced["journal"] == journal.path.stat().st_size
+
+    monkeypatch.setattr(spool.Journal, "append", check)
+    with open_job(tmp_path / "job", "digest", layers) as job:
+        fill(job, pixels)
+        job.finish("mask", tmp_path / "out" / "m.tif", kind="ome")
+    assert checked == 10
+    assert tmp_path.joinpath("out", "m.tif").stat().st_size in synced.values() and "out" in synced
 
 
 def last_line_sizes(folder):
