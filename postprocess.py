@@ -97,13 +97,30 @@ def filter_bands(bands: Bands, filters: Filters) -> Bands:
     Raises:
         ValueError: when read: a band is not where the last one ended, or the bands differ from those of the last call.
     """
+    bands = _complete(bands, filters)
+    if filters.drop_objects:
+        bands = _look_up(bands, lambda objects: find_kept(objects, filters), drop_objects)
+    return bands
+
+
+def filter_objects(bands: Bands, filters: Filters) -> tuple[Bands, Objects]:
+    """The objects of the filtered class map, with fewer passes than find_objects(filter_bands(bands, filters)).
+
+    Returns:
+        Bands and objects for regions.label_bands; pixels of objects that were dropped get the number 0.
+    """
+    bands = _complete(bands, filters)
+    objects = find_objects(bands)
+    return bands, objects.keep(select_objects(bands, objects, filters))
+
+
+def _complete(bands: Bands, filters: Filters) -> Bands:
+    """Bands with what the filters add to objects."""
     if filters.closing:
         bands = _close(bands, filters.closing)
     if filters.fill_holes:
         limit = math.inf if filters.fill_holes < 0 else filters.fill_holes
         bands = _look_up(bands, lambda unfilled: find_holes(unfilled, limit), fill_holes)
-    if filters.drop_objects:
-        bands = _look_up(bands, lambda objects: select_objects(objects, filters), drop_objects)
     return bands
 
 
@@ -204,11 +221,11 @@ def find_holes(bands: Bands, limit: float) -> Found:
         [],
     )
     last_row = _NONE
-    for strip in label_strips(bands(), measure=True, background=True):
-        assert strip.boxes is not None
-        left, _, width, _, area = strip.boxes.T
-        areas.append(area.astype(np.int64))
-        edges.append(strip.offset + 1 + np.flatnonzero((left == 0) | (left + width == strip.labels.shape[1])))
+    for strip in label_strips(bands(), background=True):
+        ids, _, lengths = strip.runs()
+        areas.append(np.bincount(ids, lengths, minlength=strip.count + 1)[1:])
+        sides = strip.labels[:, [0, -1]]
+        edges.append(sides[sides > 0].astype(np.int64) + strip.offset)
         if strip.top == 0:
             edges.append(strip.row_ids(0))
         last_row = strip.row_ids(-1)
@@ -273,9 +290,15 @@ def drop_objects(bands: Bands, kept: Found) -> Iterator[Band]:
         yield strip.top, strip.classes & kept.look_up(strip)
 
 
-def select_objects(bands: Bands, filters: Filters) -> Found:
-    """Decide which objects stay; values are 255 for those that do, 0 for the others."""
+def find_kept(bands: Bands, filters: Filters) -> Found:
+    """Find the objects that stay; values are 255 for those, 0 for the others."""
     objects = find_objects(bands)
+    kept = objects.keep(select_objects(bands, objects, filters))
+    return Found(np.where(kept.table > 0, 255, 0).astype(np.uint8), kept.places)
+
+
+def select_objects(bands: Bands, objects: Objects, filters: Filters) -> np.ndarray:
+    """Which objects of some bands stay, (n,) bool."""
     kept = objects.area >= filters.min_area
     if filters.relative_area:
         counts = np.bincount(objects.class_index)
@@ -288,7 +311,7 @@ def select_objects(bands: Bands, filters: Filters) -> Found:
         order = np.lexsort((-objects.area, objects.class_index, ~kept))[: kept.sum()]  # stable: the first of equals
         kept = np.zeros(len(objects), bool)
         kept[order[np.unique(objects.class_index[order], return_index=True)[1]]] = True
-    return Found(np.where(objects.keep(kept).table > 0, 255, 0).astype(np.uint8), objects.places)
+    return kept
 
 
 @dataclass

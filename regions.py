@@ -65,8 +65,6 @@ class Strip:
         offset: label + offset is the provisional number of a component in the whole map.
         count: components in these rows.
         above_classes, above_ids: the row above, (W,): classes, and provisional numbers or 0.
-        boxes: (count, 5) int32: left, top, width, height, area; None if not asked for.
-        centroids: (count, 2) float64: x, y; None if not asked for.
     """
 
     top: int
@@ -76,8 +74,6 @@ class Strip:
     count: int
     above_classes: np.ndarray
     above_ids: np.ndarray
-    boxes: np.ndarray | None
-    centroids: np.ndarray | None
 
     @property
     def place(self) -> tuple[int, int, int]:
@@ -88,6 +84,16 @@ class Strip:
         """Provisional numbers along a row, (W,) int64, 0 outside."""
         labels = self.labels[row].astype(np.int64)
         return np.where(labels > 0, labels + self.offset, 0)
+
+    def runs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Pixels side by side in one component: labels, places in the flattened strip and lengths, (n,) each."""
+        starts = np.ones(self.classes.shape, bool)
+        np.not_equal(self.classes[:, 1:], self.classes[:, :-1], out=starts[:, 1:])
+        places = np.flatnonzero(starts)
+        lengths = np.diff(places, append=starts.size)
+        labels = self.labels.ravel()[places]
+        inside = labels > 0
+        return labels[inside], places[inside], lengths[inside]
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +155,7 @@ def find_objects(bands: Bands) -> Objects:
         ValueError: a band is not where the last one ended, or has another width or type.
     """
     measured, seams, corners, places = [np.zeros(0, MEASURES)], [_NO_PAIRS], [_NO_PAIRS], []
-    for strip in label_strips(bands(), measure=True):
+    for strip in label_strips(bands()):
         measures, touching = measure_strip(strip)
         measured.append(measures)
         corners.append(touching)
@@ -227,12 +233,11 @@ def check_bands(bands: Iterable[Band]) -> Iterator[Band]:
         yield top, band.view(np.uint8)
 
 
-def label_strips(bands: Iterable[Band], *, measure: bool = False, background: bool = False) -> Iterator[Strip]:
+def label_strips(bands: Iterable[Band], *, background: bool = False) -> Iterator[Strip]:
     """Label the components of each strip of rows by itself.
 
     Args:
         bands: class maps, see check_bands.
-        measure: fill in boxes and centroids.
         background: label the 8-connected components of class 0 in place of the 4-connected ones of the other classes.
     """
     offset, above_classes, above_ids = 0, np.zeros(0, np.uint8), np.zeros(0, np.int64)
@@ -242,18 +247,8 @@ def label_strips(bands: Iterable[Band], *, measure: bool = False, background: bo
         rows = max(1, STRIP_PIXELS // band.shape[1])
         for start in range(0, len(band), rows):
             classes = band[start : start + rows]
-            labels, boxes, centroids = label_components(classes, measure, background)
-            strip = Strip(
-                top=band_top + start,
-                classes=classes,
-                labels=labels,
-                offset=offset,
-                count=len(boxes),
-                above_classes=above_classes,
-                above_ids=above_ids,
-                boxes=boxes if measure else None,
-                centroids=centroids,
-            )
+            labels, count = label_components(classes, background)
+            strip = Strip(band_top + start, classes, labels, offset, count, above_classes, above_ids)
             yield strip
             offset += strip.count
             above_classes, above_ids = classes[-1].copy(), strip.row_ids(-1)
@@ -278,32 +273,25 @@ def repeat_strips(bands: Bands, places: Sequence[tuple[int, int, int]], *, backg
         raise ValueError(f"{number} strips of rows came, expected {len(places)} as in the first pass: some are missing")
 
 
-def label_components(
-    classes: np.ndarray, measure: bool, background: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+def label_components(classes: np.ndarray, background: bool = False) -> tuple[np.ndarray, int]:
     """Components of a class map (h, W) uint8, numbered class by class and within a class in reading order.
 
     Returns:
-        Labels (h, W) int32; boxes (n, 5) int32 with left, top, width, height, area (empty rows unless measure); and
-        centroids (n, 2) float64 or None.
+        Labels (h, W) int32, 0 outside, and how many there are.
     """
     if background:
-        return _label_mask((classes == 0).view(np.uint8), 8, measure)
+        return _label_mask((classes == 0).view(np.uint8), 8)
     if classes.max() <= 1:
-        return _label_mask(classes, 4, measure)
-    labels, boxes, centroids, count = np.zeros(classes.shape, np.int32), [], [], 0
+        return _label_mask(classes, 4)
+    labels, count = np.zeros(classes.shape, np.int32), 0
     for value in list_classes(classes):
         mask = (classes == value).view(np.uint8)
         left, top, width, height = cv2.boundingRect(mask)
-        mask = mask[top : top + height, left : left + width]
-        part, part_boxes, part_centroids = _label_mask(mask, 4, measure)
-        place = labels[top : top + height, left : left + width]
-        np.add(part, count, out=place, where=mask.view(bool))
-        count += len(part_boxes)
-        part_boxes[:, :2] += (left, top)
-        boxes.append(part_boxes)
-        centroids.append(np.zeros((0, 2)) if part_centroids is None else part_centroids + (left, top))
-    return labels, np.concatenate(boxes), np.concatenate(centroids) if measure else None
+        box = np.s_[top : top + height, left : left + width]
+        part, part_count = _label_mask(mask[box], 4)
+        np.add(part, count, out=labels[box], where=mask[box].view(bool))
+        count += part_count
+    return labels, count
 
 
 def list_classes(classes: np.ndarray) -> list[int]:
@@ -312,55 +300,49 @@ def list_classes(classes: np.ndarray) -> list[int]:
     return [int(value) for value in np.flatnonzero(counts) if value > 0]
 
 
-def _label_mask(mask: np.ndarray, connectivity: int, measure: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    if not measure:
-        count, labels = cv2.connectedComponents(mask, connectivity=connectivity)
-        return labels, np.zeros((count - 1, 5), np.int32), None
-    _, labels, boxes, centroids = cv2.connectedComponentsWithStats(mask, connectivity=connectivity)
-    return labels, boxes[1:], centroids[1:]
+def _label_mask(mask: np.ndarray, connectivity: int) -> tuple[np.ndarray, int]:
+    count, labels = cv2.connectedComponents(mask, connectivity=connectivity)
+    return labels, count - 1  # without the one of the zeros
 
 
 def measure_strip(strip: Strip) -> tuple[np.ndarray, np.ndarray]:
-    """Measure the components of a strip that was labelled with measure=True.
+    """Measure the components of a strip.
 
     Returns:
         (count,) MEASURES in the map's coordinates; and pairs (m, 2) int64 of provisional numbers, one for each pair of
         pixels of one class that touch by a corner alone: a run ends there unless the two turn out to be one object.
     """
-    assert strip.boxes is not None and strip.centroids is not None
     height, width = strip.classes.shape
+    measures = np.zeros(strip.count + 1, MEASURES)
+    ids, places, lengths = strip.runs()
+    row, col = np.divmod(places, width)
+    for name, weights in (
+        ("area", lengths),
+        ("sum_x", lengths * (2 * col + lengths - 1) // 2),
+        ("sum_y", lengths * (row + strip.top)),
+        ("straight", None),
+    ):
+        measures[name] = np.bincount(ids, weights, minlength=strip.count + 1)  # whole numbers below 2 ** 53: exact
+    measures["left"] = width
+    np.minimum.at(measures["left"], ids, col.astype(np.int32))
+    np.maximum.at(measures["right"], ids, (col + lengths).astype(np.int32))
+    # Of several values for one entry the last one stays.
+    measures["bottom"][ids] = row + strip.top + 1
+    measures["top"][ids[::-1]] = row[::-1] + strip.top
+    measures["first"][ids[::-1]] = places[::-1] + strip.top * width
+    measures["class_index"][ids] = strip.classes.ravel()[places]
+
     around = np.zeros((height + 1, width + 2), np.uint8)
     around[0, 1:-1] = strip.above_classes
     around[1:, 1:-1] = strip.classes
     labels = strip.labels.ravel()
-
-    def find_starts(neighbours: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        places = np.flatnonzero(around[1:, 1:-1] != neighbours)
-        return places, labels[places]
-
-    def count_starts(neighbours: np.ndarray) -> np.ndarray:
-        return np.bincount(find_starts(neighbours)[1], minlength=strip.count + 1)
-
-    places, ids = find_starts(around[1:, :-2])
-    first = np.zeros(strip.count + 1, np.int64)
-    first[ids[::-1]] = places[::-1]  # of several values for one entry the last one stays: the first in reading order
-    straight = np.bincount(ids, minlength=strip.count + 1)
-    places, ids = find_starts(around[:-1, 1:-1])
-    straight += np.bincount(ids, minlength=strip.count + 1)
-    diagonal = count_starts(around[:-1, :-2]) + count_starts(around[:-1, 2:])
-    own, other, certain = _find_corners(strip, around, places[ids > 0])
-    diagonal += np.bincount(own[certain] - strip.offset, minlength=strip.count + 1)
-
-    measures = np.zeros(strip.count, MEASURES)
-    left, top, box_width, box_height, area = strip.boxes.T
-    measures["area"], measures["straight"], measures["diagonal"] = area, straight[1:], diagonal[1:]
-    measures["sum_x"] = np.rint(strip.centroids[:, 0] * area)
-    measures["sum_y"] = np.rint(strip.centroids[:, 1] * area) + strip.top * area.astype(np.int64)
-    measures["left"], measures["right"] = left, left + box_width
-    measures["top"], measures["bottom"] = top + strip.top, top + strip.top + box_height
-    measures["first"] = first[1:] + strip.top * width
-    measures["class_index"] = strip.classes.ravel()[first[1:]]
-    return measures, np.stack([own, other], axis=1)[~certain]
+    upper = (around[:-1, 1:-1], around[:-1, :-2], around[:-1, 2:])
+    starts = [np.flatnonzero(strip.classes != neighbours) for neighbours in upper]
+    vertical, *diagonal = (np.bincount(labels[found], minlength=strip.count + 1) for found in starts)
+    own, other, certain = _find_corners(strip, around, starts[0][labels[starts[0]] > 0])
+    measures["straight"] += vertical
+    measures["diagonal"] = sum(diagonal) + np.bincount(own[certain] - strip.offset, minlength=strip.count + 1)
+    return measures[1:], np.stack([own, other], axis=1)[~certain]
 
 
 def _find_corners(strip: Strip, around: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -440,7 +422,7 @@ def _number_objects(
     total = np.zeros(len(first), MEASURES)
     total["class_index"][group] = measured["class_index"]
     for name in SUMS:
-        total[name] = np.bincount(group, measured[name], minlength=len(first))  # whole numbers below 2 ** 53: exact
+        total[name] = np.bincount(group, measured[name], minlength=len(first))
     for name in LEAST:
         total[name] = np.iinfo(total[name].dtype).max
         np.minimum.at(total[name], group, measured[name])

@@ -1,4 +1,5 @@
 import math
+import tracemalloc
 
 import cv2
 import numpy as np
@@ -10,7 +11,8 @@ from skimage.morphology import skeletonize
 
 import postprocess
 import regions
-from postprocess import Filters, add_margins, filter_bands, filter_mask
+from postprocess import Filters, add_margins, filter_bands, filter_mask, filter_objects
+from regions import Objects, find_objects, label_bands
 
 HEIGHTS = (1, 2, 3, 7, 1000)
 SQUARE = np.ones((3, 3), bool)
@@ -122,6 +124,18 @@ def test_filters_on_bands_equal_plain_ones_on_the_whole_map(classes, chosen, hei
         np.testing.assert_array_equal(collect(bands(), classes.shape), expected)
 
 
+@settings(max_examples=60, deadline=None)
+@given(maps, filters, st.sampled_from(HEIGHTS))
+def test_filtered_objects_are_the_objects_of_the_filtered_map(classes, chosen, height):
+    filtered, objects = filter_objects(cut(classes, height), chosen)
+    expected = find_objects(cut(slow_filter(classes, chosen), 1000))
+    for name in set(Objects.__dataclass_fields__) - {"table", "places"}:
+        np.testing.assert_array_equal(getattr(objects, name), getattr(expected, name))
+    labels = np.concatenate([band for _, band in label_bands(filtered, objects)])
+    whole = np.concatenate([band for _, band in label_bands(cut(slow_filter(classes, chosen), 1000), expected)])
+    np.testing.assert_array_equal(labels, whole)
+
+
 @pytest.mark.parametrize("name", ["closing", "fill_holes", "min_area", "relative_area", "min_length", "keep_largest"])
 def test_each_filter_alone_changes_something_and_equals_the_plain_one(name):
     chosen = Filters(**{name: {"closing": 5, "relative_area": 2.0, "keep_largest": True}.get(name, 6)})
@@ -197,6 +211,26 @@ def test_rows_wait_for_their_margin_and_no_longer():
         np.testing.assert_array_equal(window, classes[first:last])
         np.testing.assert_array_equal(window[rows], classes[top : top + 3])
         assert read <= last + 2
+
+
+def test_memory_does_not_grow_with_the_height():
+    tile = np.kron(random_classes(7, 3, 32, 32), np.ones((8, 8), np.uint8))
+    chosen = Filters(closing=3, fill_holes=30, min_area=80, relative_area=4, min_length=12, keep_largest=False)
+
+    def peak(height):
+        tracemalloc.start()
+        filtered, objects = filter_objects(lambda: ((top, tile) for top in range(0, height, len(tile))), chosen)
+        for _ in label_bands(filtered, objects):
+            pass
+        for _ in filter_bands(filtered, chosen)():
+            pass
+        size = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return size
+
+    peak(512)  # what is imported on the way is not counted
+    short, tall = peak(1024), peak(6144)
+    assert tall < 1.25 * short, f"{tall} bytes for 6144 rows, {short} for 1024"
 
 
 def test_no_filter_hands_the_bands_on():
