@@ -1,23 +1,42 @@
-"""What turns a batch of normalised images into probabilities."""
+"""What turns a batch of normalised images into probabilities: PyTorch or ONNX Runtime."""
 
+import hashlib
+import os
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
+import onnx_export
 from checkpoint import ModelConfig, load_checkpoint
-from model import build_model, to_probabilities
+from image_io import atomic_write
+from model import build_model, shorten_error, to_probabilities
+from onnx_export import EXPORT_SECONDS, ExportError
 
 Forward = Callable[[np.ndarray], np.ndarray]
 
+BACKENDS = ("auto", "torch", "onnx")
+PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+OUTPUTS = ("logits", "probabilities")
+CACHE = "cache"  # the origin of an export that was made on the way, and may be replaced
 
-def torch_forward(model: nn.Module, device: str, activation: str = "auto") -> Forward:
+
+# ----------------------------------------------------------------------------------------------------------------------
+# PyTorch
+
+
+def torch_forward(model: nn.Module, device: str, activation: str = "auto", *, amp: str = "no") -> Forward:
     """Make the function that predicts with PyTorch.
 
-    It runs in float32 without autocast, on channels-last images whatever the layout of the weights, and leaves the
-    network in evaluation mode, so the same weights give the same counts in training, validate and predict.
+    It runs on channels-last images whatever the layout of the weights, and leaves the network in evaluation mode. In
+    float32, without autocast, the same weights give the same counts in training, validate and predict.
+
+    Args:
+        amp: no, or fp16 or bf16 inside autocast (GPU); probabilities are computed in float32 in any case.
 
     Returns:
         A function from (N, C, h, w) float32 to probabilities (N, K, h, w) float32.
@@ -26,14 +45,17 @@ def torch_forward(model: nn.Module, device: str, activation: str = "auto") -> Fo
         RuntimeError: the device is out of memory; the message names size and batch.
     """
     model.to(device)
+    kind = torch.device(device).type
 
     @torch.inference_mode()
     def forward(batch: np.ndarray) -> np.ndarray:
         model.eval()
         images = torch.from_numpy(batch).to(device).contiguous(memory_format=torch.channels_last)
         try:
-            with torch.autocast(torch.device(device).type, enabled=False):
-                probs = to_probabilities(model(images), activation)
+            with torch.autocast(kind, enabled=amp != "no", dtype=None if amp == "no" else PRECISIONS[amp]):
+                logits = model(images)
+            with torch.autocast(kind, enabled=False):
+                probs = to_probabilities(logits, activation)
         except torch.cuda.OutOfMemoryError as error:
             raise RuntimeError(out_of_memory(batch.shape)) from error
         return probs.contiguous().cpu().numpy()
@@ -41,8 +63,8 @@ def torch_forward(model: nn.Module, device: str, activation: str = "auto") -> Fo
     return forward
 
 
-def load_forward(path: Path, device: str) -> tuple[ModelConfig, Forward]:
-    """Read a checkpoint and make the function that predicts with it; nothing is downloaded.
+def load_network(path: Path) -> tuple[ModelConfig, nn.Module]:
+    """Rebuild the network of a checkpoint on the CPU; nothing is downloaded.
 
     Raises:
         FileNotFoundError, ValueError: see load_checkpoint; ValueError too when weights and description disagree.
@@ -57,8 +79,7 @@ def load_forward(path: Path, device: str) -> tuple[ModelConfig, Forward]:
         raise ValueError(
             f"{path}: its weights do not fit the {config.architecture} {config.encoder} that it describes: {error}"
         ) from error
-    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return config, torch_forward(network, device, config.activation)
+    return config, network.eval()
 
 
 def out_of_memory(shape: tuple[int, ...]) -> str:
@@ -67,3 +88,208 @@ def out_of_memory(shape: tuple[int, ...]) -> str:
         f"out of memory with a batch of {shape[0]} images of {shape[2]}x{shape[3]}: "
         "lower -b, or the size (--image-size, --tile-size)"
     )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# ONNX Runtime
+
+
+def onnx_forward(model: Path | bytes, device: str) -> tuple[ModelConfig, Forward]:
+    """Read an ONNX file of Tessera and make the function that predicts with it; no checkpoint is needed.
+
+    Args:
+        model: the file, or its content.
+        device: cpu, cuda or cuda:N.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, not one of Tessera, or ONNX Runtime cannot run it on the device.
+    """
+    path = model if isinstance(model, Path) else Path("the export")
+    content = onnx_export.read_onnx(model) if isinstance(model, Path) else model
+    config = onnx_export.read_description(path, content).config
+    onnx_export.find_provider(device)
+    try:
+        session = onnx_export.make_session(content, device)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}. Use its checkpoint (.pth) with --backend torch") from error
+    inputs, outputs = ([value.name for value in values] for values in (session.get_inputs(), session.get_outputs()))
+    if inputs != [onnx_export.INPUT] or len(outputs) != 1 or outputs[0] not in OUTPUTS:
+        raise ValueError(
+            f"{path} maps {', '.join(inputs)} to {', '.join(outputs)}, expected {onnx_export.INPUT} to "
+            f"{' or '.join(OUTPUTS)}. Use its checkpoint (.pth) instead"
+        )
+    run = onnx_export.session_runner(session)
+
+    def forward(batch: np.ndarray) -> np.ndarray:
+        try:
+            values = run(batch)
+        except Exception as error:  # its errors have no common class
+            if "alloc" in str(error).lower():
+                raise RuntimeError(out_of_memory(batch.shape)) from error
+            raise RuntimeError(f"{path} cannot take a batch of {batch.shape}: {shorten_error(error)}") from error
+        if outputs[0] == "probabilities":
+            return values
+        return to_probabilities(torch.from_numpy(values), config.activation).numpy()
+
+    return config, forward
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Exports that are kept
+
+
+def export_places(path: Path, digest: str) -> tuple[Path, Path]:
+    """Where the export of a checkpoint may lie: beside it, and in the user's cache."""
+    stem = path.stem if path.suffix == ".pth" else path.name
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return path.with_name(f"{stem}.onnx"), cache / "tessera" / "onnx" / f"{digest}.onnx"
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content, as hexadecimal digits.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint {path}; train.py writes it, -cd DIR finds the newest in a folder")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def find_export(path: Path, digest: str, device: str) -> tuple[ModelConfig, Forward, Path] | None:
+    """The export of exactly this checkpoint that somebody made before, if there is one that runs."""
+    for place in export_places(path, digest):
+        with suppress(OSError, ValueError):  # not there, broken, or somebody else's: another one is made
+            metadata = onnx_export.read_description(place).metadata
+            if (metadata.get("digest"), metadata.get("revision")) == (digest, str(onnx_export.REVISION)):
+                return *onnx_forward(place, device), place
+    return None
+
+
+def export_checkpoint(path: Path, digest: str) -> tuple[bytes, Path | None]:
+    """Export a checkpoint, prove it, and keep the result where the next command finds it.
+
+    Returns:
+        The ONNX file, and where it was written; None when neither folder can be written to.
+
+    Raises:
+        FileNotFoundError, ValueError: see load_network.
+        ExportError: see onnx_export.export_network.
+    """
+    config, network = load_network(path)
+    try:
+        model = onnx_export.export_network(network, config, digest=digest, origin=CACHE)
+    except ImportError as error:
+        raise ExportError(f"{error}; pip install -r requirements.txt") from error
+    beside, cached = export_places(path, digest)
+    for place in (beside, cached):
+        if place == cached or may_replace(place):
+            with suppress(OSError), atomic_write(place) as file:
+                file.write(model)
+                return model, place
+    return model, None
+
+
+def may_replace(place: Path) -> bool:
+    """Whether a name is free, or holds an export that was made on the way; what a user put there is never replaced."""
+    if not (place.exists() or place.is_symlink()):
+        return True
+    try:
+        return onnx_export.read_description(place).metadata.get("origin") == CACHE
+    except (OSError, ValueError):
+        return False
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Either
+
+
+def load_config(path: Path) -> ModelConfig:
+    """The description in a checkpoint or an ONNX file.
+
+    Raises:
+        FileNotFoundError, ValueError: see load_checkpoint and onnx_export.read_description.
+    """
+    return onnx_export.read_description(path).config if is_onnx(path) else load_checkpoint(path)[0]
+
+
+def is_onnx(path: Path) -> bool:
+    """Whether a file is ONNX by its name."""
+    return path.suffix.lower() == ".onnx"
+
+
+def load_forward(
+    path: Path, device: str, *, backend: str = "torch", megapixels: float | None = None, amp: str = "no"
+) -> tuple[ModelConfig, Forward, str]:
+    """Read a checkpoint or an ONNX file and make the function that predicts with it; nothing is downloaded.
+
+    Args:
+        path: .pth or .onnx.
+        device: cpu, cuda, cuda:N or mps.
+        backend: torch, onnx (exports the checkpoint unless that was done before), or auto: on a CPU ONNX Runtime when
+            an export of this checkpoint exists or when PyTorch would need longer than an export takes, else PyTorch.
+        megapixels: what there is to predict; auto exports nothing without it.
+        amp: precision inside autocast, for PyTorch on a GPU; see torch_forward.
+
+    Returns:
+        The description, the function, and what runs and why in a few words, fit to be printed.
+
+    Raises:
+        FileNotFoundError, ValueError: the file is missing, damaged or no checkpoint, or the backend cannot run there.
+        RuntimeError: backend is onnx and the export failed.
+    """
+    for name, value, known in (("backend", backend, BACKENDS), ("precision", amp, (*PRECISIONS,))):
+        if value not in known:
+            raise ValueError(f"unknown {name} {value!r}, expected one of {', '.join(known)}")
+    if is_onnx(path):
+        if backend == "torch":
+            raise ValueError(f"{path} is an ONNX file, which --backend torch cannot run: use auto, or its checkpoint")
+        return *onnx_forward(path, device), f"ONNX Runtime on {device}"
+    if backend == "torch" or (backend == "auto" and device != "cpu"):
+        return *_load_torch(path, device, amp), f"PyTorch on {device}"
+    onnx_export.find_provider(device)
+    digest = file_digest(path)
+    found = find_export(path, digest, device)
+    if found:
+        return found[0], found[1], f"ONNX Runtime on {device}, {found[2]}"
+    if backend == "onnx":
+        return _load_exported(path, digest, device)
+    config, forward = _load_torch(path, device, amp)
+    if megapixels is None or seconds_for(forward, config, megapixels) <= EXPORT_SECONDS:
+        return config, forward, f"PyTorch on {device}"
+    try:
+        return _load_exported(path, digest, device)
+    except RuntimeError as error:
+        return config, forward, f"PyTorch on {device}, for {error}"
+
+
+def _load_torch(path: Path, device: str, amp: str) -> tuple[ModelConfig, Forward]:
+    config, network = load_network(path)
+    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return config, torch_forward(network, device, config.activation, amp=amp)
+
+
+def _load_exported(path: Path, digest: str, device: str) -> tuple[ModelConfig, Forward, str]:
+    begin = time.perf_counter()
+    try:
+        model, place = export_checkpoint(path, digest)
+    except ExportError as error:
+        raise RuntimeError(f"{path} cannot be exported for ONNX Runtime: {error}. Use --backend torch") from error
+    seconds = time.perf_counter() - begin
+    kept = place or "not kept: no folder can be written to"
+    return *onnx_forward(model, device), f"ONNX Runtime on {device}, exported in {seconds:.0f} s, {kept}"
+
+
+def seconds_for(forward: Forward, config: ModelConfig, megapixels: float) -> float:
+    """How long a network needs for so many megapixels of image, judged by one tile."""
+    geometry = config.geometry
+    height, width = (geometry.tile, geometry.tile) if geometry.kind == "crops" else geometry.size
+    batch = np.zeros((1, len(config.channels), height, width), np.float32)
+    forward(batch)  # the first call prepares kernels
+    begin = time.perf_counter()
+    forward(batch)
+    seconds = time.perf_counter() - begin
+    step = max(geometry.tile - geometry.overlap, 1)
+    again = (geometry.tile / step) ** 2 if geometry.kind == "crops" else 1  # how often a pixel is predicted
+    return seconds * megapixels * 1e6 / (height * width) * again

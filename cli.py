@@ -108,6 +108,16 @@ def add_checkpoint_args(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_backend_args(parser: argparse.ArgumentParser) -> None:
+    """Add the choice of what runs the network."""
+    parser.add_argument_group("backend").add_argument(
+        "--backend",
+        choices=("auto", "torch", "onnx"),
+        default="auto",
+        help="onnx: ONNX Runtime, 3 to 4 times faster on a CPU, after an export that is kept; auto: when it pays",
+    )
+
+
 def add_split_args(parser: argparse.ArgumentParser, *, val_share: float | None) -> None:
     """Add the flags that choose files: ids, the share taken for validation, the region of interest."""
     group = parser.add_argument_group("files")

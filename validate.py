@@ -33,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     cli.add_split_args(parser, val_share=None)
     cli.add_threshold_args(parser)
     cli.add_run_args(parser, batch=None)
+    cli.add_backend_args(parser)
     cli.add_score_args(parser)
     cli.add_log_args(parser)
     add_output_args(parser)
@@ -74,12 +75,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = cli.parse(parser, argv)
     with cli.plain_errors(parser):
-        from backends import load_forward
+        from backends import load_config, load_forward
         from checkpoint import find_checkpoint
 
         device = cli.pick_device(args.device, args.cpu)
         path = args.check_path or find_checkpoint(args.check_dir)
-        config, forward = load_forward(path, device)
+        config = load_config(path)
         print(f"checkpoint {path}: {config.architecture} {config.encoder}, {config.geometry.kind}; device: {device}")
         threshold = cli.pick_threshold(args.thres, config.thresholds)
         if config.num_logits > 1 and threshold != 0.5:
@@ -90,7 +91,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         listing = find_files(args, config)
         folder = args.output_dir or default_output(path, listing, args.split, threshold)
         outputs = choose_outputs(args, folder, config)
-        failures = check_files(listing, config)
+        failures, pixels = check_files(listing, config)
+        _, forward, note = load_forward(path, device, backend=args.backend, megapixels=pixels / 1e6)
+        print(f"backend: {note}")
         summary = validate(listing, config, forward, args, outputs, threshold)
         if summary:
             report(summary, args, path, folder)
@@ -140,8 +143,11 @@ def find_files(args: argparse.Namespace, config: ModelConfig) -> Listing:
         return listing
 
 
-def check_files(listing: Listing, config: ModelConfig) -> list[str]:
+def check_files(listing: Listing, config: ModelConfig) -> tuple[list[str], int]:
     """Leave out pairs that cannot be read or do not fit, and say how the images differ from the training's.
+
+    Returns:
+        What is wrong with those left out, and how many pixels the network will see.
 
     Raises:
         DatasetError: nothing is left.
@@ -169,7 +175,8 @@ def check_files(listing: Listing, config: ModelConfig) -> list[str]:
         shown = list_labels(unknown)
         print(f"warning: the masks hold labels the network does not know, they count as background: {shown}")
     listing.pairs = [item.pair for item in good]
-    return failures
+    sizes = [config.geometry.size if config.geometry.kind == "resize" else item.layers[0].size for item in good]
+    return failures, sum(height * width for height, width in sizes)
 
 
 def pair_problems(item: Any, config: ModelConfig, classes: Any) -> list[str]:

@@ -228,7 +228,7 @@ def test_raw_holds_probabilities_and_is_never_stretched(trained, discs, tmp_path
     from pairing import FileOptions, find_split
     from trainer import predict_samples
 
-    config, forward = load_forward(trained / "run.pth", "cpu")
+    config, forward, _ = load_forward(trained / "run.pth", "cpu")
     data = EvaluationSet(find_split(discs / "val", None, FileOptions()).pairs, ClassMap.from_config(config), config)
     for prediction in predict_samples(forward, data, workers=0):
         name = prediction.sample.pair.name

@@ -28,6 +28,7 @@ FLOORS = (
         "tiling",
     },
     {"checkpoint", "pairing", "polygons", "postprocess", "run_folder", "slide_io", "slide_writer", "weights"},
+    {"onnx_export"},
     {"backends", "classes", "geojson", "outputs", "tissue"},
     {"dataset"},
     {"annotation", "noisy_labels", "scan", "selfsupervised"},
@@ -46,8 +47,8 @@ HEAVY = {
     "segmentation_models_pytorch": {"model.py"},
     "timm": {"model.py"},
     "accelerate": {"trainer.py"},
-    "onnx": {"backends.py", "export_onnx.py"},
-    "onnxruntime": {"backends.py", "export_onnx.py"},
+    "onnx": {"onnx_export.py", "export_onnx.py"},
+    "onnxruntime": {"onnx_export.py", "export_onnx.py"},
     "transformers": {"annotation/sam.py"},
     "ultralytics": {"annotation/detectors.py"},
 }

@@ -1,0 +1,365 @@
+"""A network as an ONNX file: exported, described, and proved equal to PyTorch before anybody gets it."""
+
+import contextlib
+import copy
+import io
+import json
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import cli
+from checkpoint import ModelConfig, config_from_dict, config_to_dict
+from model import shorten_error
+
+INPUT, OUTPUT = "image", "logits"
+OPSET = 18
+REVISION = 1  # of what this module writes; files of another one are exported anew
+DESCRIPTION = "tessera"  # the metadata entry that holds the ModelConfig, and by which a file is known as ours
+LARGEST_DIFFERENCE = 1e-3  # of the logits, in units of their spread
+SMALLEST_SPREAD = 1e-3  # of the logits; below it all probabilities are alike and any two networks would agree
+PROOF_BATCHES = (1, 3)
+EXPORT_SECONDS = 30  # roughly what an export with its proof takes on two cores
+
+Session = Any  # onnxruntime.InferenceSession, which is imported when one is made
+
+
+class ExportError(RuntimeError):
+    """A network could not be exported, or the export does not compute what the network computes."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What an ONNX file says about itself: the network's description, and the rest of its metadata."""
+
+    config: ModelConfig
+    metadata: dict[str, str]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Export
+
+
+def export_network(network: nn.Module, config: ModelConfig, **metadata: str) -> bytes:
+    """Export a network with free batch, height and width, and prove the result equal to it.
+
+    torch.export is tried first, then the older TorchScript exporter; which one it was is in the metadata.
+
+    Args:
+        network: on the CPU; images (N, C, H, W), sides multiples of config.stride, to logits (N, K, H, W).
+        metadata: more entries, such as the digest of the checkpoint.
+
+    Returns:
+        An ONNX file with input `image`, output `logits` and the description of the network.
+
+    Raises:
+        ExportError: no exporter made a file that agrees; says why for each.
+    """
+    network = static_padding(copy.deepcopy(network).float().to(memory_format=torch.contiguous_format)).eval()  # type: ignore[call-overload]
+    reasons = []
+    for name, exporter in (("torch.export", _export_program), ("TorchScript", _export_script)):
+        try:
+            model = describe(exporter(network, config), config, exporter=name, **metadata)
+            prove_equal(model, network, config)
+        except Exception as error:  # exporters raise anything
+            reasons.append(f"{name}: {shorten_error(error)}")
+        else:
+            return model
+    raise ExportError("; ".join(reasons))
+
+
+def _export_program(network: nn.Module, config: ModelConfig) -> bytes:
+    # Sides as stride times a whole number: the exporter can prove that down- and up-sampling meet again.
+    units = {axis: config.stride * torch.export.Dim(name, min=1, max=4096) for axis, name in ((2, "rows"), (3, "cols"))}
+    shapes = ({0: torch.export.Dim("batch", min=1, max=4096), **units},)
+    with _quiet():
+        program = torch.onnx.export(
+            network,
+            (_sample(config),),
+            dynamo=True,
+            dynamic_shapes=shapes,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            opset_version=OPSET,
+            verbose=False,
+        )
+    assert program is not None, "torch.onnx.export(dynamo=True) returns a program"
+    return program.model_proto.SerializeToString()
+
+
+def _export_script(network: nn.Module, config: ModelConfig) -> bytes:
+    axes = {0: "batch", 2: "height", 3: "width"}
+    file = io.BytesIO()
+    with _quiet():
+        torch.onnx.export(
+            network,
+            (_sample(config),),
+            file,  # type: ignore[arg-type]
+            dynamo=False,
+            dynamic_axes={INPUT: axes, OUTPUT: axes},
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            opset_version=OPSET,
+            verbose=False,
+        )
+    return file.getvalue()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Exporters print pages of progress and warnings; what matters is in the error."""
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            with contextlib.redirect_stderr(io.StringIO()):
+                yield
+    finally:
+        logging.disable(level)
+
+
+def _sides(config: ModelConfig) -> tuple[int, int, int]:
+    """Three odd multiples of the stride that the network takes: a size seen once must not become part of the graph."""
+    first = max(-(-config.min_side // config.stride), 3) | 1
+    return first * config.stride, (first + 2) * config.stride, (first + 4) * config.stride
+
+
+def _sample(config: ModelConfig) -> Tensor:
+    """What the exporter traces: more than one image, for a batch of one would be written into the graph."""
+    short, middle, _ = _sides(config)
+    return torch.zeros(2, len(config.channels), middle, short)
+
+
+def static_padding(network: nn.Module) -> nn.Module:
+    """Replace, in place, timm's convolutions that compute their padding from the image's size ("same" of TensorFlow).
+
+    Sides are multiples of the network's stride, so the size at every convolution is a multiple of its own stride and
+    the padding is the same for all of them. Fixed, it takes minutes off torch.export and nodes out of the graph.
+    """
+    for parent in list(network.modules()):
+        for name, layer in list(parent.named_children()):
+            if type(layer).__name__ == "Conv2dSame" and isinstance(layer, nn.Conv2d):
+                setattr(parent, name, _padded(layer))
+    return network
+
+
+def _padded(layer: nn.Conv2d) -> nn.Module:
+    total = [
+        max((size - 1) * dilation + 1 - stride, 0)
+        for size, dilation, stride in zip(layer.kernel_size, layer.dilation, layer.stride, strict=True)
+    ]
+    conv = nn.Conv2d(
+        layer.in_channels,
+        layer.out_channels,
+        layer.kernel_size,  # type: ignore[arg-type]
+        layer.stride,  # type: ignore[arg-type]
+        dilation=layer.dilation,  # type: ignore[arg-type]
+        groups=layer.groups,
+        bias=layer.bias is not None,
+    )
+    conv.load_state_dict(layer.state_dict())
+    (above, below), (left, right) = ((sum_ // 2, sum_ - sum_ // 2) for sum_ in total)
+    return nn.Sequential(nn.ZeroPad2d((left, right, above, below)), conv)
+
+
+def describe(model: bytes, config: ModelConfig, **metadata: str) -> bytes:
+    """The same ONNX file with the network's description and more entries in its metadata."""
+    import onnx
+
+    proto = onnx.load_model_from_string(model)
+    facts = cli.environment()
+    entries = {
+        DESCRIPTION: json.dumps(config_to_dict(config), ensure_ascii=False),
+        "revision": str(REVISION),
+        "opset": str(OPSET),
+        "tile": str(config.geometry.tile),
+        "overlap": str(config.geometry.overlap),
+        "torch": facts["torch"],
+        "version": facts["tessera"],
+        "commit": facts["commit"],
+        **metadata,
+    }
+    onnx.helper.set_model_props(proto, entries)
+    proto.producer_name, proto.producer_version = "Tessera", facts["tessera"]
+    onnx.checker.check_model(proto)
+    return proto.SerializeToString()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Proof
+
+
+def prove_equal(model: bytes, network: nn.Module, config: ModelConfig) -> float:
+    """Compare an ONNX file with the network it came from, on noise of three sizes and two batches.
+
+    Args:
+        network: on the CPU, in evaluation mode.
+
+    Returns:
+        Largest difference between two logits, in units of the logits' spread (standard deviation within a channel).
+
+    Raises:
+        ExportError: they differ by more than LARGEST_DIFFERENCE, or the logits hardly vary, so the proof is void.
+    """
+    run = session_runner(make_session(model, "cpu"))
+    short, middle, long = _sides(config)
+    generator = torch.Generator().manual_seed(0)
+    worst = 0.0
+    for height, width in ((config.min_side, middle), (short, long), (long, middle)):
+        for batch in PROOF_BATCHES:
+            image = torch.randn(batch, len(config.channels), height, width, generator=generator)
+            with torch.inference_mode():
+                expected = network(image).numpy()
+            found, size = run(image.numpy()), f"{batch} images of {height}x{width}"
+            if found.shape != expected.shape:
+                raise ExportError(f"the export gives {found.shape} for {size}, the network {expected.shape}")
+            worst = max(worst, _difference(found, expected, size))
+    return worst
+
+
+def _difference(found: np.ndarray, expected: np.ndarray, size: str) -> float:
+    spread = float(np.sqrt(expected.var(axis=(0, 2, 3), dtype=np.float64).mean()))
+    if not spread >= SMALLEST_SPREAD:
+        raise ExportError(
+            f"the proof is void: on noise ({size}) the logits have a spread of {spread:.1e}, expected "
+            f"{SMALLEST_SPREAD:g} or more, as any trained network has"
+        )
+    difference = float(np.abs(found - expected).max()) / spread
+    if not difference <= LARGEST_DIFFERENCE:
+        raise ExportError(
+            f"the export differs from the network by {difference:.1e} of the logits' spread on noise ({size}), "
+            f"expected {LARGEST_DIFFERENCE:g} or less"
+        )
+    return difference
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files and sessions
+
+
+def read_description(path: Path, content: bytes | None = None) -> Description:
+    """What an ONNX file says about itself; the file is not run.
+
+    Args:
+        content: of the file, if it has been read already.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: truncated, not ONNX, or without the metadata that Tessera writes.
+    """
+    import onnx
+
+    if content is None:
+        content = read_onnx(path)
+    try:
+        proto = onnx.load_model_from_string(content)
+    except Exception as error:  # protobuf's own class of error is not part of its interface
+        raise ValueError(_damaged(path, shorten_error(error))) from error
+    if not proto.graph.node:
+        raise ValueError(_damaged(path, "it holds no graph"))
+    metadata = {entry.key: entry.value for entry in proto.metadata_props}
+    if DESCRIPTION not in metadata:
+        raise ValueError(
+            f"{path} has no metadata of Tessera, such as channels, classes and statistics: expected a file exported "
+            "from a checkpoint by Tessera. Pass the checkpoint (.pth) instead; it is exported when that pays"
+        )
+    try:
+        return Description(config_from_dict(json.loads(metadata[DESCRIPTION])), metadata)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_onnx(path: Path) -> bytes:
+    """The content of an ONNX file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no ONNX file {path}; expected one exported from a checkpoint, or the checkpoint")
+    return path.read_bytes()
+
+
+def _damaged(path: Path, reason: str) -> str:
+    return f"{path} is truncated or not an ONNX file ({reason}). Use another copy of it, or its checkpoint (.pth)."
+
+
+def make_session(model: bytes, device: str) -> Session:
+    """Load an ONNX file into ONNX Runtime, on as many threads as PyTorch uses.
+
+    Args:
+        device: cpu, cuda or cuda:N.
+
+    Raises:
+        ValueError: no such provider in the installed package, or it cannot run the file.
+    """
+    import onnxruntime
+
+    provider = find_provider(device)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = usable_threads()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = 4  # its errors come as exceptions too
+    # Activations fade to numbers below 1e-38 in some networks, on which the processor is many times slower.
+    options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    try:
+        session = onnxruntime.InferenceSession(model, options, providers=[provider])
+    except Exception as error:  # its errors have no common class
+        raise ValueError(f"ONNX Runtime cannot load the network ({shorten_error(error)})") from error
+    started = session.get_providers()[0]
+    if started != provider[0]:
+        raise ValueError(
+            f"ONNX Runtime started {started}, expected {provider[0]} for --device {device}: its CUDA libraries do not "
+            "load. Use --backend torch, or --cpu"
+        )
+    return session
+
+
+def find_provider(device: str) -> tuple[str, dict[str, str]]:
+    """ONNX Runtime's name of a device, with its options.
+
+    Raises:
+        ValueError: the installed package has none for it.
+    """
+    import onnxruntime
+
+    kind, _, number = device.partition(":")
+    if kind == "cpu":
+        return "CPUExecutionProvider", {}
+    if kind != "cuda":
+        raise ValueError(
+            f"--backend onnx runs on cpu and cuda, found --device {device}: use --cpu, or a checkpoint with "
+            "--backend torch"
+        )
+    available = onnxruntime.get_available_providers()
+    if "CUDAExecutionProvider" not in available:
+        raise ValueError(
+            f"--backend onnx on {device}: the installed onnxruntime has {', '.join(available)}, expected "
+            "CUDAExecutionProvider. Install onnxruntime-gpu in its place, or use --cpu, or --backend torch"
+        )
+    return "CUDAExecutionProvider", {"device_id": number or "0"}
+
+
+def usable_threads() -> int:
+    """Threads for one network: PyTorch's number, but no more than the cores this process may use."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(torch.get_num_threads(), allowed))
+
+
+def session_runner(session: Session) -> Callable[[np.ndarray], np.ndarray]:
+    """A function from a batch (N, C, H, W) float32 to the first output of a session."""
+    output = session.get_outputs()[0].name
+
+    def run(batch: np.ndarray) -> np.ndarray:
+        return session.run([output], {INPUT: np.ascontiguousarray(batch, np.float32)})[0]
+
+    return run
