@@ -326,8 +326,11 @@ def _check_codec(page: Any, path: Path) -> None:
         ) from None
     if page.compression == 33003:
         raise _needs_openslide(path, "JPEG 2000 of this kind (33003)")
-    if page.imagelength * page.imagewidth == 0:
-        raise SlideError(f"{path} is a TIFF of no pixels; expected at least one: copy or export it again")
+    if not all(isinstance(side, int) and side > 0 for side in (page.imagelength, page.imagewidth)):
+        raise SlideError(
+            f"{path} is a TIFF of {page.imagelength}x{page.imagewidth} pixels; expected at least one: "
+            "copy or export it again"
+        )
     if page.dtype is None:
         raise SlideError(f"{path} is a TIFF of {page.bitspersample} bits a sample: save it with 8, 16 or 32")
 
