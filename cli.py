@@ -87,7 +87,7 @@ def add_run_args(parser: argparse.ArgumentParser, *, batch: int | None, workers:
     add_switch(group, "--cpu", help="the same as --device cpu")
 
 
-def add_log_args(parser: argparse.ArgumentParser) -> None:
+def add_log_args(parser: argparse.ArgumentParser, *, tables: bool = True) -> None:
     """Add the place of run folders and how their tables are written."""
     group = parser.add_argument_group("log")
     group.add_argument(
@@ -96,16 +96,22 @@ def add_log_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--exp-name", default="", metavar="NAME", help="name of the run folder; empty: from the network and the data"
     )
-    group.add_argument("--decimal", choices=("comma", "dot"), default="comma", help="decimal sign in csv files")
+    if tables:
+        group.add_argument("--decimal", choices=("comma", "dot"), default="comma", help="decimal sign in csv files")
 
 
-def add_checkpoint_args(parser: argparse.ArgumentParser) -> None:
-    """Add the checkpoint file or the folder to find it in."""
-    group = parser.add_argument_group("checkpoint").add_mutually_exclusive_group(required=True)
-    group.add_argument("-c", "--check-path", type=Path, metavar="FILE", help="checkpoint file")
-    group.add_argument(
+def add_checkpoint_args(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """Add the checkpoint file or the folder to find it in; `several` also takes a whole folder as an ensemble."""
+    group = parser.add_argument_group("checkpoint")
+    where = group.add_mutually_exclusive_group(required=True)
+    where.add_argument(
+        "-c", "--check-path", "-check", "-m", "--model", type=Path, metavar="FILE", help="checkpoint or ONNX file"
+    )
+    where.add_argument(
         "-cd", "--check-dir", type=Path, metavar="DIR", help="run folder, or a folder of them: the newest best is taken"
     )
+    if several:
+        add_switch(group, "--ensemble", help="average all checkpoints in the folder of -cd")
 
 
 def add_backend_args(parser: argparse.ArgumentParser) -> None:
@@ -116,6 +122,67 @@ def add_backend_args(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="onnx: ONNX Runtime, 3 to 4 times faster on a CPU, after an export that is kept; auto: when it pays",
     )
+
+
+def add_filter_args(parser: argparse.ArgumentParser) -> None:
+    """Add what is done to the objects of a mask, in this order; sizes are in pixels of the mask."""
+    group = parser.add_argument_group("objects, in this order")
+    group.add_argument("--closing", type=natural, default=0, metavar="N", help="close gaps, ellipse N pixels wide")
+    group.add_argument(
+        "--fill-holes", type=int, default=0, metavar="N", help="fill holes of at most N pixels; -1 fills all"
+    )
+    group.add_argument("--min-area", type=natural, default=0, metavar="N", help="drop objects of fewer pixels")
+    group.add_argument(
+        "--relative-area",
+        type=not_negative,
+        default=0.0,
+        metavar="K",
+        help="drop objects whose area is below the mean of their class divided by K",
+    )
+    group.add_argument(
+        "--min-length", type=natural, default=0, metavar="N", help="drop objects with a shorter centre line"
+    )
+    add_switch(group, "--keep-largest", help="keep the largest object of each class")
+
+
+def add_result_args(parser: argparse.ArgumentParser, *, kinds: Sequence[str], required: bool = False) -> None:
+    """Add what is written for each picture, how and where."""
+
+    def words(text: str) -> tuple[str, ...]:
+        found = text.replace(",", " ").split()
+        if not found or not set(found) <= set(kinds):
+            raise argparse.ArgumentTypeError(f"{text!r}: expected some of {', '.join(kinds)}, with commas between")
+        return tuple(kind for kind in kinds if kind in found)
+
+    group = parser.add_argument_group("results")
+    group.add_argument("-o", "--output-dir", type=Path, required=required, metavar="DIR", help="where results go")
+    group.add_argument(
+        "--save", type=words, default="mask", metavar="KIND,...", help=f"what to write: {', '.join(kinds)}"
+    )
+    group.add_argument(
+        "--format",
+        choices=("auto", "png", "tiff", "ome", "flat"),
+        default="auto",
+        help="of rasters; ome: pyramid for QuPath, flat: for OpenSlide; auto: png, or ome when large or on a map",
+    )
+    add_switch(group, "--geo", help="polygons in the map coordinates of a GeoTIFF, not in pixels")
+    add_switch(group, "--overwrite", help="replace results of an earlier run with other flags")
+    group.add_argument("--decimal", choices=("comma", "dot"), default="comma", help="decimal sign in csv files")
+
+
+def filters(args: argparse.Namespace) -> Any:
+    """postprocess.Filters from the flags of add_filter_args.
+
+    Raises:
+        UsageError: a number is out of its range.
+    """
+    from postprocess import Filters
+
+    names = ("closing", "fill_holes", "min_area", "relative_area", "min_length", "keep_largest")
+    try:
+        return Filters(**{name: getattr(args, name) for name in names})
+    except ValueError as error:
+        raise UsageError(f"--{str(error).replace('_', '-')}") from error
 
 
 def add_split_args(parser: argparse.ArgumentParser, *, val_share: float | None) -> None:

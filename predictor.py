@@ -54,6 +54,11 @@ def list_pictures(words: Sequence[str]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
+def result_name(path: Path) -> str:
+    """Stem of a file's results: its own, without the .ome of .ome.tif."""
+    return path.stem[:-4] if path.stem.lower().endswith(".ome") else path.stem
+
+
 class Source(Protocol):
     """What windows are read from: slide_io.Grid, or an image in memory."""
 

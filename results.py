@@ -4,6 +4,8 @@ What is large goes through a spool on disk (slide_writer), so a killed command g
 not grow with height; pictures that fit a PNG stay in memory. Objects are found in a second pass over the spooled mask.
 """
 
+import json
+import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,7 +16,6 @@ from typing import Any
 
 import cv2
 import numpy as np
-from postprocess import Filters, filter_bands
 
 from checkpoint import ModelConfig
 from geojson import GeoJsonWriter
@@ -22,6 +23,7 @@ from image_io import ImageError, atomic_write, write_image, write_mask
 from outputs import decide, format_csv, label_values
 from plots import class_colours, overlay
 from polygons import trace_bands
+from postprocess import Filters, filter_bands
 from regions import Bands, Objects, find_objects, label_bands, object_table
 from rle import RleEncoder
 from slide_io import Georeference
@@ -32,6 +34,7 @@ RASTERS = {"mask": "masks", "prob": "raw", "labels": "labels"}  # kind -> folder
 OBJECT_KINDS = {"labels", "geojson"}
 FORMATS = ("auto", "png", "tiff", "ome", "flat")
 PNG_PIXELS = 50_000_000  # larger results are TIFF unless PNG was asked for
+RECORD, DESCRIPTION = "predict.jsonl", "predict.json"  # what was done to each picture; what the classes are
 OVERLAY_SIDE, PICTURE_SIDE = 4096, 1024  # longest side of saved overlays, and of those in TensorBoard
 
 
@@ -80,7 +83,10 @@ class Summary:
         """One line for the terminal."""
         parts = [f"{name} {share:.1%}" for name, share in self.shares.items()]
         if self.objects is not None:
-            parts += [f"{count} objects of {name}" for name, count in self.objects.items()]
+            counts = self.objects.items()
+            parts += (
+                [f"{sum(self.objects.values())} objects"] if len(counts) == 1 else [f"{n} x {k}" for k, n in counts]
+            )
         return ", ".join(parts)
 
 
@@ -437,3 +443,41 @@ def quantise(probs: np.ndarray, kind: np.dtype) -> np.ndarray:
     np.rint(scaled, out=scaled)
     result = scaled.astype(kind)
     return result[0] if len(result) == 1 else result.transpose(1, 2, 0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a folder of results says about itself
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Rows of predict.jsonl by name, the last of each; a line cut short by a kill is left out."""
+    rows = {}
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            rows[row["name"]] = row
+    return rows
+
+
+def add_to_record(path: Path, row: dict[str, Any]) -> None:
+    """Append one line, whole on the disk before the command goes on."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def merge_run_lengths(folder: Path, names: Sequence[str]) -> None:
+    """rle.csv from the rows of every image that has them."""
+    with atomic_write(folder / "rle.csv", "w") as out:
+        out.write("id,predicted\n")
+        for name in names:
+            path = folder / "rle" / f"{name}.csv"
+            if path.is_file():
+                with path.open(encoding="utf-8") as rows:
+                    next(rows)
+                    shutil.copyfileobj(rows, out)

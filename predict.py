@@ -1,0 +1,561 @@
+"""Predict images and slides of any size: masks, probabilities, overlays, label maps, polygons, run lengths.
+
+Examples:
+    python predict.py -cd logs/myrun -i picture.png
+    python predict.py -cd logs/myrun -dir slides --mpp 0.5 --tissue saturation --save mask,geojson
+    python predict.py -cd logs/myrun -i slide.svs --dry-run
+
+An image is read window by window and leaves row band by row band, so its height does not matter; what the network sees
+is what it saw in training (statistics, scale, tile). A run that was killed goes on inside the slide. Files that cannot
+be read are named, the rest is done, and the exit status is 1.
+"""
+
+import argparse
+import hashlib
+import json
+import shlex
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cli
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from backends import Forward
+    from checkpoint import ModelConfig
+    from pairing import Pair
+    from predictor import Picture, Plan, ReadOptions, TileOptions
+    from results import Frame, ResultOptions
+
+KINDS = ("mask", "prob", "overlay", "labels", "geojson", "rle")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Flags of predict.py."""
+    parser = cli.make_parser("Predict images and slides of any size: masks, probabilities, overlays, polygons.")
+    cli.add_checkpoint_args(parser, several=True)
+    cli.add_threshold_args(parser)
+    cli.add_run_args(parser, batch=None)
+    cli.add_backend_args(parser)
+    cli.add_log_args(parser, tables=False)
+    cli.add_filter_args(parser)
+    add_image_args(parser)
+    add_scale_args(parser)
+    add_tile_args(parser)
+    cli.add_result_args(parser, kinds=KINDS)
+    add_other_args(parser)
+    return parser
+
+
+def add_image_args(parser: argparse.ArgumentParser) -> None:
+    """Add where the images are."""
+    group = parser.add_argument_group("images").add_mutually_exclusive_group(required=True)
+    group.add_argument("-i", "--img-path", nargs="+", metavar="PATH", help="image files, folders or globs")
+    group.add_argument("-dir", "--data-dir", nargs="+", metavar="PATH", help="the same: folders, files or globs")
+    group.add_argument(
+        "-d", "--dataset-dir", type=Path, metavar="DIR", help="folder with images/ and the folders of extra channels"
+    )
+
+
+def add_scale_args(parser: argparse.ArgumentParser) -> None:
+    """Add at which scale slides are read, and what is done with what cannot be."""
+    group = parser.add_argument_group("scale")
+    scale = group.add_mutually_exclusive_group()
+    scale.add_argument("--reduce", type=cli.positive_float, metavar="X", help="read X times smaller, X >= 1")
+    scale.add_argument("--level", type=cli.natural, metavar="N", help="read this level of a pyramid; 0 is the largest")
+    scale.add_argument("--mpp", type=cli.positive_float, metavar="UM", help="read at so many micrometres per pixel")
+    cli.add_switch(group, "--full-size", help="enlarge the result to the slide's own pixels")
+    group.add_argument(
+        "--max-decoded-gb",
+        type=cli.positive_float,
+        default=4.0,
+        metavar="GB",
+        help="largest image that is decoded whole, for formats that cannot be read by windows",
+    )
+    group.add_argument(
+        "--fill", type=float, metavar="V", help="value of pixels that cannot be decoded; default: the training's mean"
+    )
+    group.add_argument(
+        "--tissue", choices=("saturation", "otsu"), default=None, help="predict only where a thumbnail shows tissue"
+    )
+
+
+def add_tile_args(parser: argparse.ArgumentParser) -> None:
+    """Add how images are cut and blended."""
+    group = parser.add_argument_group("tiles")
+    group.add_argument("--tile-size", type=cli.positive_int, metavar="S", help="side; default: the checkpoint's")
+    group.add_argument(
+        "--overlap",
+        type=cli.not_negative,
+        metavar="X",
+        help="shared by neighbours, in pixels; below 1: part of the tile",
+    )
+    group.add_argument("--halo", type=cli.natural, metavar="N", help="pixels along inner edges that get no weight")
+    group.add_argument(
+        "--blend", choices=("hann", "gaussian", "constant"), default="hann", help="weight of a tile's pixels"
+    )
+    group.add_argument(
+        "--tta",
+        choices=("none", "flips", "d4"),
+        default="none",
+        help="mean over 4 mirrored or 8 turned views",
+    )
+
+
+def add_other_args(parser: argparse.ArgumentParser) -> None:
+    """Add what belongs to this command alone."""
+    group = parser.add_argument_group("before and beside")
+    cli.add_switch(group, "--dry-run", help="say what would be done: windows, memory, disk, expected time")
+    group.add_argument(
+        "--thumbnails", type=cli.natural, default=8, metavar="N", help="pictures with overlays in TensorBoard"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, find checkpoint and images, predict each, print what came out."""
+    parser = build_parser()
+    args = cli.parse(parser, argv)
+    with cli.plain_errors(parser, interrupted="the same command goes on where it stopped"):
+        failures = run(args)
+    if failures:
+        listed = "\n".join(f"  - {message}" for message in failures)
+        parser.exit(1, f"{parser.prog}: error: {len(failures)} findings, the rest is done:\n{listed}\n")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is the same for all images of a run.
+
+    digest: of the checkpoints' content and of every flag that changes a result.
+    """
+
+    configs: list["ModelConfig"]
+    forward: "Forward"
+    read: "ReadOptions"
+    tiles: "TileOptions"
+    results: "ResultOptions"
+    full_size: bool
+    digest: str
+
+
+def run(args: argparse.Namespace) -> list[str]:
+    """Predict all images; return what went wrong."""
+    from backends import load_config
+
+    device = cli.pick_device(args.device, args.cpu)
+    paths = find_checkpoints(args)
+    configs = [load_config(path) for path in paths]
+    check_ensemble(paths, configs)
+    pairs = find_pairs(args, configs[0])
+    setup = build_setup(args, paths, configs, pairs, device)
+    if args.dry_run:
+        return estimate(setup, pairs)
+    done = finished_before(setup, pairs, overwrite=args.overwrite)
+    for name in sorted(done):
+        print(f"{name}: already done")
+    write_description(setup)
+    failures = predict_all(setup, [pair for pair in pairs if pair.name not in done], args)
+    if "rle" in args.save:
+        from results import merge_run_lengths
+
+        merge_run_lengths(setup.results.folder, [pair.name for pair in pairs])
+    print(f"results in {setup.results.folder}")
+    return failures
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is predicted, with what
+
+
+def find_checkpoints(args: argparse.Namespace) -> list[Path]:
+    """The checkpoint of the flags, or with --ensemble all of a folder."""
+    from checkpoint import find_checkpoint, list_checkpoints
+
+    if not args.ensemble:
+        return [args.check_path or find_checkpoint(args.check_dir)]
+    if not args.check_dir:
+        raise cli.UsageError("--ensemble averages the checkpoints of a folder: give it with -cd DIR")
+    return list_checkpoints(args.check_dir)
+
+
+def check_ensemble(paths: Sequence[Path], configs: Sequence["ModelConfig"]) -> None:
+    """Refuse networks that do not answer the same question about the same pixels."""
+    for name in ("class_names", "labels", "channels", "add_dirs", "preprocess", "geometry"):
+        for path, config in zip(paths, configs, strict=True):
+            first, other = getattr(configs[0], name), getattr(config, name)
+            if first != other:
+                raise cli.UsageError(
+                    f"--ensemble: {paths[0]} has {name} {first}, {path} has {other}; average networks that were "
+                    "trained on the same classes, channels and geometry"
+                )
+
+
+def find_pairs(args: argparse.Namespace, config: "ModelConfig") -> list["Pair"]:
+    """The images of the flags, with their extra channels; names are those of the results.
+
+    Raises:
+        cli.UsageError: no image, two of one name, or extra channels without -d.
+    """
+    from pairing import FileOptions, Pair
+    from predictor import list_pictures, result_name
+
+    if args.dataset_dir:
+        pairs = FileOptions(add_dirs=config.add_dirs).listing(args.dataset_dir).pairs
+    elif config.add_dirs:
+        folders = " ".join(config.add_dirs)
+        raise cli.UsageError(f"the network also takes the channels {folders}: give -d DIR with images/ and {folders}")
+    else:
+        words = args.img_path or args.data_dir
+        pairs = [Pair(result_name(path), path) for path in list_pictures(words)]
+    if not pairs:
+        raise cli.UsageError(f"no images in {args.dataset_dir or ' '.join(args.img_path or args.data_dir)}")
+    names: dict[str, Path] = {}
+    for pair in pairs:
+        if pair.name in names:
+            raise cli.UsageError(
+                f"{names[pair.name]} and {pair.image} would both write results named {pair.name!r}; "
+                "rename one, or predict them into two folders"
+            )
+        names[pair.name] = pair.image
+    return pairs
+
+
+def build_setup(
+    args: argparse.Namespace, paths: Sequence[Path], configs: list["ModelConfig"], pairs: Sequence["Pair"], device: str
+) -> Setup:
+    """Load the networks and turn flags into options; says which checkpoint, backend and device work."""
+    from backends import load_forward
+    from predictor import ReadOptions, mean_of
+    from results import ResultOptions
+
+    config = configs[0]
+    threshold = cli.pick_threshold(args.thres, config.thresholds)
+    if config.num_logits > 1 and threshold != 0.5:
+        raise cli.UsageError(f"-t {threshold:g} is for one class; of several the likeliest wins, without a threshold")
+    if args.reduce and args.reduce < 1:
+        raise cli.UsageError(f"--reduce {args.reduce:g} would enlarge the image; expected 1 or more")
+    if config.geometry.kind == "resize" and (args.tissue or args.tta != "none"):
+        raise cli.UsageError("--tissue and --tta are for networks trained on crops; this one sees whole images resized")
+    tiles = tile_options(args, config)
+    work = megapixels(pairs) * len(paths)
+    forwards = []
+    for path in paths:
+        _, forward, note = load_forward(path, device, backend=args.backend, megapixels=work)
+        forwards.append(forward)
+        print(f"checkpoint {path}: {config.architecture} {config.encoder}, {config.geometry.kind}; {note}")
+    folder = args.output_dir or default_output(paths[0], pairs, threshold)
+    read = ReadOptions(args.reduce, args.level, args.mpp, args.max_decoded_gb, args.fill)
+    results = ResultOptions(folder, args.save, args.format, threshold, cli.filters(args), args.decimal, args.geo)
+    choices = [asdict(read), asdict(tiles), asdict(replace(results, folder=Path())), args.full_size, args.backend]
+    content = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+    return Setup(
+        configs,
+        mean_of(forwards, len(config.channels)),
+        read,
+        tiles,
+        results,
+        args.full_size,
+        hashlib.sha256(json.dumps([content, choices], default=str).encode()).hexdigest(),
+    )
+
+
+def tile_options(args: argparse.Namespace, config: "ModelConfig") -> "TileOptions":
+    """How images are cut: the checkpoint's way, and what the flags change about it, said aloud."""
+    from predictor import TileOptions
+
+    geometry = config.geometry
+    batch = args.batch or config.batch
+    if geometry.kind == "resize":
+        if args.tile_size or args.overlap is not None or args.halo is not None:
+            print(f"warning: the network sees whole images resized to {geometry.size}: tile flags have no effect")
+        return TileOptions(max(geometry.size), 0, 0, batch=batch)
+    side = -(-max(args.tile_size or geometry.tile, config.min_side) // config.stride) * config.stride
+    given = args.overlap
+    changed = side != geometry.tile
+    overlap = side // 4 if changed else geometry.overlap
+    if given is not None:
+        overlap = round(given * side) if given < 1 else int(given)
+    halo = args.halo if args.halo is not None else min(side // 16 if changed else geometry.halo, overlap // 2)
+    if changed:
+        print(f"warning: the tile was {geometry.tile} in the evaluation of training, now {side}")
+    return TileOptions(side, overlap, halo, args.blend, args.tta, batch, args.tissue or "")
+
+
+def megapixels(pairs: Sequence["Pair"]) -> float:
+    """Size of all files together, to tell whether preparing a faster network pays; files that cannot be read are 0."""
+    from image_headers import ImageError
+    from slide_io import open_slide
+
+    total = 0.0
+    for pair in pairs:
+        try:
+            with open_slide(pair.image) as slide:
+                total += slide.height * slide.width / 1e6
+        except (OSError, ImageError):  # it is named when its turn comes
+            continue
+    return total
+
+
+def default_output(path: Path, pairs: Sequence["Pair"], threshold: float) -> Path:
+    """<checkpoint's folder>/<parent>_<folder>_thres_<t> of the first image, from resolved paths."""
+    folder = pairs[0].image.resolve().parent
+    return path.resolve().parent / f"{folder.parent.name}_{folder.name}_thres_{threshold:g}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What was done before
+
+
+def write_description(setup: Setup) -> None:
+    """What the results mean, for dataset_utils.rethreshold and for people."""
+    from checkpoint import config_to_dict
+    from image_io import write_text
+    from results import DESCRIPTION
+
+    content = {"config": config_to_dict(setup.configs[0]), "threshold": setup.results.threshold}
+    write_text(setup.results.folder / DESCRIPTION, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def picture_digest(setup: Setup, pair: "Pair") -> str:
+    """Of the flags, the checkpoints and the image files: the same digest gives the same results."""
+    facts: list[Any] = [setup.digest]
+    for path in pair.layers:
+        status = path.stat()
+        facts.append([str(path.resolve()), status.st_size, status.st_mtime_ns])
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def finished_before(setup: Setup, pairs: Sequence["Pair"], *, overwrite: bool) -> set[str]:
+    """Names of images whose results are there, made with the same flags from the same files.
+
+    Raises:
+        cli.UsageError: results of other flags, or of something else, are in the way.
+    """
+    from results import RECORD, existing_files, read_record
+
+    folder = setup.results.folder
+    record = read_record(folder / RECORD)
+    done, others = set(), []
+    for pair in pairs:
+        found = existing_files(folder, pair.name, setup.results.kinds)
+        row = record.get(pair.name)
+        if row and pair.image.is_file() and row["digest"] == picture_digest(setup, pair):
+            if row["damage"]:  # it is tried again, and what it left is its own
+                continue
+            if all((folder / name).is_file() for name in row["files"]):
+                done.add(pair.name)
+                continue
+        others += found
+    if others and not overwrite:
+        raise cli.UsageError(
+            f"{len(others)} results of other flags or files are in the way, first: {others[0]}; "
+            "replace them with --overwrite, or give another folder with -o"
+        )
+    return done
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Prediction
+
+
+def predict_all(setup: Setup, pairs: Sequence["Pair"], args: argparse.Namespace) -> list[str]:
+    """Predict image after image; what fails is collected, except a full disk, which ends the run."""
+    import errno
+
+    failures: list[str] = []
+    with open_writer(args, setup.results.folder) as writer:
+        for number, pair in enumerate(pairs):
+            try:
+                failures += predict_one(setup, pair, writer if number < args.thumbnails else None)
+            except (OSError, ValueError, RuntimeError) as error:
+                if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                    raise
+                text = cli.plain_message(error)
+                failures.append(text if str(pair.image) in text else f"{pair.image}: {text}")
+                print(f"{pair.name}: failed")
+    if args.thumbnails and pairs:
+        print(f"tensorboard --logdir {shlex.quote(str(args.log_dir))}")
+    return failures
+
+
+@contextmanager
+def open_writer(args: argparse.Namespace, folder: Path) -> Iterator[Any]:
+    """TensorBoard's writer, or None with --thumbnails 0."""
+    if not args.thumbnails:
+        yield None
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(args.log_dir / (args.exp_name or f"predict_{folder.parent.name}_{folder.name}"))) as writer:
+        yield writer
+
+
+def predict_one(setup: Setup, pair: "Pair", writer: Any) -> list[str]:
+    """Predict one image and write its results; return what could not be decoded."""
+    from predictor import Picture, plan_picture, predict_picture
+    from results import RECORD, Results, add_to_record
+
+    digest, begin = picture_digest(setup, pair), time.perf_counter()
+    with Picture(pair, setup.configs, setup.read) as picture:
+        for note in picture.notes:
+            print(f"warning: {pair.name}: {note}")
+        plan = plan_picture(picture, setup.tiles, full_size=setup.full_size)
+        if plan.tissue:
+            skipped = 1 - plan.tiles / (len(plan.rows.origins) * len(plan.cols.origins))
+            print(f"{pair.name}: tissue on {plan.tissue.share:.1%} of the slide, {skipped:.1%} of the tiles skipped")
+        frame = frame_of(pair.name, picture, plan)
+        check_disk(frame, setup)
+        with Results(frame, setup.configs[0], setup.results, digest) as results:
+            if results.first_row:
+                print(f"{pair.name}: going on at row {results.first_row} of {frame.height}")
+            with progress(pair.name, picture, results.first_row * picture.height // frame.height) as count:
+                bands = predict_picture(
+                    picture, setup.forward, plan, setup.tiles, first_row=results.first_row, count=count
+                )
+                if results.first_row < frame.height:
+                    for _, probs in bands:
+                        results.add(probs)
+            summary = results.finish(lambda step: thumbnail(picture, frame, step), with_picture=writer is not None)
+        damage = picture.damage
+        megapixel = picture.height * picture.width / 1e6
+    seconds = time.perf_counter() - begin
+    print(f"{pair.name}: {summary.text()}; {megapixel:.1f} MP in {seconds:.1f} s, {megapixel / seconds:.2f} MP/s")
+    if writer is not None and summary.picture is not None:
+        from run_folder import shrink_panel
+
+        writer.add_image(f"predict/{pair.name}", shrink_panel(summary.picture), dataformats="HWC")
+    files = [path.relative_to(setup.results.folder).as_posix() for path in summary.files]
+    row = {"name": pair.name, "digest": digest, "files": files, "scale": frame.scale, "damage": damage}
+    add_to_record(setup.results.folder / RECORD, row)
+    return damage
+
+
+def frame_of(name: str, picture: "Picture", plan: "Plan") -> "Frame":
+    """The raster of the results."""
+    from results import Frame
+
+    slide = picture.slide
+    scale = 1.0 if plan.full_size else picture.scale
+    mpp = (slide.mpp_xy[0] * scale, slide.mpp_xy[1] * scale) if slide.mpp_xy else None
+    return Frame(name, plan.height, plan.width, scale, mpp, slide.geo)
+
+
+def thumbnail(picture: "Picture", frame: "Frame", step: int) -> "np.ndarray":
+    """The image reduced to one pixel for each step x step pixels of the results: (h, w, C)."""
+    from image_io import resize_image
+
+    size = (-(-frame.height // step), -(-frame.width // step))
+    slide = picture.slide
+    grid = slide.grid(reduce=max(1.0, min(slide.height / size[0], slide.width / size[1])))
+    return resize_image(grid.read(0, 0, grid.height, grid.width), size)
+
+
+@contextmanager
+def progress(name: str, picture: "Picture", rows_done: int) -> Iterator[Callable[[int], None]]:
+    """A bar in megapixels; yields the function that counts pixels."""
+    from tqdm import tqdm
+
+    total = picture.height * picture.width / 1e6
+    with tqdm(
+        total=round(total, 2),
+        initial=round(rows_done * picture.width / 1e6, 2),
+        desc=name[:40],
+        unit="MP",
+        leave=False,
+        disable=None,
+        bar_format="{l_bar}{bar}| {n:.1f}/{total:.1f} MP [{elapsed}<{remaining}, {rate_fmt}]",
+    ) as bar:
+        yield lambda pixels: bar.update(pixels / 1e6) and None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Before a long run
+
+
+def check_disk(frame: "Frame", setup: Setup) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Raises:
+        OSError: ENOSPC with what is needed and what is there.
+    """
+    import errno
+
+    from results import disk_needed
+
+    folder = setup.results.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    needed, free = disk_needed(frame, setup.configs[0], setup.results)[0], shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"about {needed / 1e9:.1f} GB are needed for {frame.name}, {free / 1e9:.1f} GB are free; make room, save "
+            "less (--save), or give a folder on another disk (-o)",
+            str(folder),
+        )
+
+
+def estimate(setup: Setup, pairs: Sequence["Pair"]) -> list[str]:
+    """Print windows, memory, disk and expected time of every image, and predict nothing."""
+    from image_headers import ImageError
+    from predictor import Picture, memory_needed, plan_picture
+    from results import disk_needed
+
+    failures, seconds, total = [], tile_seconds(setup), 0.0
+    print(f"{'image':30} {'pixels':>15} {'windows':>9} {'memory':>9} {'disk':>9} {'at most':>9} {'time':>9}")
+    for pair in pairs:
+        try:
+            with Picture(pair, setup.configs, setup.read) as picture:
+                plan = plan_picture(picture, setup.tiles, full_size=setup.full_size)
+                frame = frame_of(pair.name, picture, plan)
+                memory = memory_needed(picture, plan, setup.tiles)
+        except (OSError, ImageError) as error:
+            failures.append(str(error))
+            continue
+        likely, most = disk_needed(frame, setup.configs[0], setup.results)
+        windows = 1 if setup.configs[0].geometry.kind == "resize" else plan.tiles
+        total += windows * seconds
+        print(
+            f"{pair.name[:30]:30} {frame.height:>7}x{frame.width:<7} {windows:>9} {memory / 1e9:>6.2f} GB "
+            f"{likely / 1e9:>6.2f} GB {most / 1e9:>6.2f} GB {spell_time(windows * seconds):>9}"
+        )
+    free = shutil.disk_usage(existing_parent(setup.results.folder)).free
+    print(f"{len(pairs)} images, {spell_time(total)} at {seconds:.3f} s a window; {free / 1e9:.1f} GB free")
+    return failures
+
+
+def tile_seconds(setup: Setup) -> float:
+    """Seconds that one tile takes, measured on random pixels after a warm-up."""
+    import numpy as np
+
+    from tiling import TTA
+
+    config, options = setup.configs[0], setup.tiles
+    size = config.geometry.size if config.geometry.kind == "resize" else (options.tile, options.tile)
+    channels = len(config.channels) * len(setup.configs)
+    batch = np.random.default_rng(0).normal(size=(options.batch, channels, *size)).astype(np.float32)
+    setup.forward(batch)
+    begin = time.perf_counter()
+    for _ in range(2):
+        setup.forward(batch)
+    return (time.perf_counter() - begin) / 2 / options.batch * len(TTA[options.tta])
+
+
+def existing_parent(path: Path) -> Path:
+    """The folder itself or the nearest one above it that exists."""
+    return next(folder for folder in (path.resolve(), *path.resolve().parents) if folder.is_dir())
+
+
+def spell_time(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
+
+
+if __name__ == "__main__":
+    main()
