@@ -26,7 +26,7 @@ from regions import (
     seam_pairs,
 )
 
-HELD_PIXELS = 1 << 26  # of an object's box that wait for its end; a larger object is measured part by part
+HELD_PIXELS = 1 << 24  # of an object's box that wait for its end; a larger object is measured part by part
 MARGIN = 256  # rows that such parts share on either side: twice the rows that thinning moves a border of 256 pixels
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 FLUSH_ROWS = 256  # rows are gathered before their runs are cut out: runs end at each seam
-CHUNK_RUNS = 1 << 20  # runs that are put in order and written at once
+CHUNK_RUNS = 1 << 18  # runs that are put in order and written at once
 
 
 def encode_rle(mask: np.ndarray) -> str:
@@ -127,19 +127,26 @@ def parse_rle(text: str | float | None, height: int, width: int) -> np.ndarray:
     """
     if text is None or (isinstance(text, float) and math.isnan(text)) or str(text).strip().lower() in ("", "nan"):
         return np.zeros((0, 2), np.int64)
-    tokens = str(text).split()
-    wrong = next((token for token in tokens if not re.fullmatch(r"[+-]?[0-9]{1,18}", token)), None)
-    if wrong is not None:
+    numbers = _parse_numbers(str(text))
+    if len(numbers) % 2:
         raise ValueError(
-            f'RLE holds {wrong[:40]!r}, expected whole numbers in pairs "start length" with spaces between'
+            f'RLE holds {len(numbers)} numbers, expected an even count, pairs "start length": the text may be cut off'
         )
-    if len(tokens) % 2:
-        raise ValueError(
-            f'RLE holds {len(tokens)} numbers, expected an even count, pairs "start length": the text may be cut off'
-        )
-    runs = np.array(list(map(int, tokens)), np.int64).reshape(-1, 2)
+    runs = numbers.reshape(-1, 2)
     _check_runs(runs, height, width)
     return join_runs(runs - (1, 0))
+
+
+def _parse_numbers(text: str) -> np.ndarray:
+    """The whole numbers of a text, (n,) int64."""
+    tokens = text.split()
+    if not re.search(r"[^-+0-9\s]", text):  # int would take 1_000 and digits of any script
+        try:
+            return np.array(list(map(int, tokens)), np.int64)
+        except (ValueError, OverflowError):
+            pass
+    wrong = next(token for token in tokens if not re.fullmatch(r"[-+]?[0-9]{1,18}", token))
+    raise ValueError(f'RLE holds {wrong[:40]!r}, expected whole numbers in pairs "start length" with spaces between')
 
 
 def _check_runs(runs: np.ndarray, height: int, width: int) -> None:
@@ -149,7 +156,7 @@ def _check_runs(runs: np.ndarray, height: int, width: int) -> None:
     for wrong, expected in (
         (starts < 1, "expected starts from 1"),
         (lengths < 1, "expected lengths from 1"),
-        (starts + lengths - 1 > height * width, f"expected runs within {size}: compare the sizes of image and mask"),
+        (starts - 1 > height * width - lengths, f"expected runs within {size}: compare the sizes of image and mask"),
     ):
         if wrong.any():
             number = int(wrong.argmax())

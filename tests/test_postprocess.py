@@ -247,6 +247,17 @@ def test_masks_of_bools_stay_bools_and_inputs_stay_as_they_are():
     np.testing.assert_array_equal(mask, before)
 
 
+def test_class_255_and_arrays_in_any_memory_order_are_taken():
+    classes = random_classes(5, 2, 40, 30)
+    classes[classes == 2] = 255
+    chosen = Filters(closing=3, fill_holes=-1, min_area=4, min_length=3)
+    expected = slow_filter(classes, chosen)
+    assert (expected == 255).any() and (expected != classes).any()
+    for ordered in (classes, np.asfortranarray(classes), np.repeat(classes, 2, axis=1)[:, ::2]):
+        np.testing.assert_array_equal(filter_mask(ordered, chosen), expected)
+        np.testing.assert_array_equal(collect(filter_bands(cut(ordered, 7), chosen)(), classes.shape), expected)
+
+
 def test_a_map_without_objects_stays_empty():
     chosen = Filters(closing=3, fill_holes=-1, min_area=2, relative_area=2, min_length=3, keep_largest=True)
     assert not filter_mask(np.zeros((5, 6), np.uint8), chosen).any()
