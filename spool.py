@@ -101,16 +101,13 @@ class Spool:
         return np.frombuffer(data, INDEX_ENTRY)
 
     def holds(self, size: int, count: int, checked: int) -> bool:
-        """Whether the files are at least as long as told and the last `checked` of `count` tiles are undamaged."""
+        """Whether there are `count` tiles in `size` bytes and the last `checked` of them are undamaged."""
         try:
-            long_enough = self.path.stat().st_size >= size
-            if count and long_enough:
-                last = self._read_index(count - 1, count)[0]
-                self.read(max(count - checked, 0), count)
-                return int(last["offset"]) + int(last["length"]) == size
+            self.read(max(count - checked, 0), count)
+            ends = [int(entry["offset"]) + int(entry["length"]) for entry in self._read_index(max(count - 1, 0), count)]
         except (OSError, DamagedTile):
             return False
-        return long_enough and self.index_path.exists()
+        return (ends or [0]) == [size]
 
     def cut(self, size: int, count: int) -> None:
         """Drop everything behind `count` tiles of `size` bytes in all; makes the files when they are absent."""

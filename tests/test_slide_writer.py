@@ -232,19 +232,23 @@ def test_ome_says_what_is_in_it(tmp_path):
         assert [channel["Name"] for channel in found["Pixels"]["Channel"]] == names
 
 
-def test_georeference_goes_to_the_main_page_alone(tmp_path):
-    layer = Layer("mask", 100, 90, 1, np.uint8, "nearest", tile=TILE)
+@pytest.mark.parametrize("bands", [1, 2])
+def test_georeference_goes_to_the_main_page_alone(tmp_path, bands):
+    layer = Layer("mask", 100, 90, bands, np.uint8, "nearest", tile=TILE)
     tags = [(33550, "d", 3, (0.5, 0.5, 0.0), False), (33922, "d", 6, (0.0, 0.0, 0.0, 10.0, 20.0, 0.0), False)]
+    kinds = slide_writer.KINDS if bands == 1 else ("tiff", "ome")
     with open_job(tmp_path / "job", "d", [layer]) as job:
         fill(job, {"mask": make_pixels(layer)})
-        for kind in slide_writer.KINDS:
+        for kind in kinds:
             job.finish("mask", tmp_path / f"{kind}.tif", kind=kind, extratags=tags)
-    for kind in slide_writer.KINDS:
+    for kind in kinds:
         with tifffile.TiffFile(tmp_path / f"{kind}.tif") as tif:
-            levels = [level.pages[0] for level in tif.series[0].levels]
-            assert levels[0].tags[33550].value == (0.5, 0.5, 0.0) and levels[0].tags[33922].value[3:5] == (10.0, 20.0)
-            assert all(33550 not in page.tags and 33922 not in page.tags for page in levels[1:])
-            assert 306 not in levels[0].tags and levels[0].tags["Software"].value == "Tessera"
+            main, *others = tif.pages
+            others += [page for each in tif.pages for page in each.pages or ()]
+            assert len(others) == {"tiff": 0, "flat": 2, "ome": 2 * bands + bands - 1}[kind]
+            assert main.tags[33550].value == (0.5, 0.5, 0.0) and main.tags[33922].value[3:5] == (10.0, 20.0)
+            assert all(33550 not in page.tags and 33922 not in page.tags for page in others)
+            assert 306 not in main.tags and main.tags["Software"].value == "Tessera"
 
 
 def test_files_past_the_limit_are_bigtiff(tmp_path, monkeypatch):
@@ -433,6 +437,18 @@ def test_a_loss_before_the_last_line_goes_back(tmp_path, uninterrupted, seed):
         assert job.rows_done in (4 * TILE, 5 * TILE)
         fill(job, pixels, rng)
         assert finish_all(job, tmp_path / "out") == files
+
+
+def test_a_lost_file_means_all_rows_again(tmp_path, uninterrupted):
+    layers, pixels, files = uninterrupted
+    for name in ("mask.0.tiles", "prob.1.index"):
+        with open_job(tmp_path / "job", "digest", layers) as job:
+            fill(job, pixels)
+        (tmp_path / "job" / name).unlink()
+        with open_job(tmp_path / "job", "digest", layers) as job:
+            assert job.rows_done == 0
+            fill(job, pixels)
+            assert finish_all(job, tmp_path / "out") == files
 
 
 def test_a_torn_journal_line_does_not_count(tmp_path, uninterrupted):
