@@ -1,7 +1,7 @@
 """Filters over class maps that come as bands: closing, holes, and rules about the area and length of objects.
 
-Each filter gives on bands of any heights what it gives on the whole map, in the memory of a few bands and some 200 bytes
-for each object or hole. Objects are 4-connected components of one class, as in regions; holes are 8-connected
+Each filter gives on bands of any heights what it gives on the whole map, in the memory of a few bands and some 200
+bytes for each object or hole. Objects are 4-connected components of one class, as in regions; holes are 8-connected
 components of the background.
 """
 
