@@ -309,8 +309,6 @@ def make_session(model: bytes, device: str) -> Session:
     options.intra_op_num_threads = usable_threads()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = 4  # its errors come as exceptions too
-    # Activations fade to numbers below 1e-38 in some networks, on which the processor is many times slower.
-    options.add_session_config_entry("session.set_denormal_as_zero", "1")
     try:
         session = onnxruntime.InferenceSession(model, options, providers=[provider])
     except Exception as error:  # its errors have no common class
