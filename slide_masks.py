@@ -1,0 +1,232 @@
+"""Masks of slides, read by windows at any scale: polygons (GeoJSON), run lengths (csv), rasters of any level.
+
+A pixel of a reduced scale has the value that level 0 has at its centre, whatever the form of the mask: polygons, run
+lengths and a raster of the same regions give the same pixels, bit for bit.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from geojson import check_inside, read_geojson
+from image_headers import ImageError
+from image_io import read_mask
+from pairing import SHAPE_SUFFIXES, Pair, read_runs
+from polygons import Shape, ShapeIndex
+from rle import RleRaster
+from slide_io import Slide, open_slide
+from tiff_io import main_pages, open_tiff
+
+RUN_SUFFIX = ".csv"
+CHUNK = 1 << 22  # pixels of a mask that are read at a time when few of them are kept
+KEPT_BYTES = 1 << 25  # of decoded tiles of a mask
+
+Read = Callable[[int, int, int, int], np.ndarray]  # top, left, height, width -> values (h, w)
+
+
+@dataclass(frozen=True)
+class Raster:
+    """The raster on which a mask is wanted: its size, and that of level 0 of the slide."""
+
+    height: int
+    width: int
+    full_height: int
+    full_width: int
+
+    def places(self, top: int, height: int, left: int, width: int, size: tuple[int, int]) -> list[np.ndarray]:
+        """Rows and columns of a mask of `size` (height, width) under the centres of the pixels of a window."""
+        axes = ((top, height, self.height, size[0]), (left, width, self.width, size[1]))
+        return [_under(np.arange(first, first + count), length, other) for first, count, length, other in axes]
+
+
+def _under(pixels: np.ndarray, length: int, other: int) -> np.ndarray:
+    """Which of `other` pixels lies under the centre of each pixel of `length` that cover the same side."""
+    return np.minimum((2 * pixels + 1) * other // (2 * length), other - 1)
+
+
+class MaskSource(Protocol):
+    """A mask that is read by windows.
+
+    names: of annotations with classes: value k is the class names[k - 1]; None: the values are the file's own.
+    findings: what is odd about the file.
+    """
+
+    names: list[str | None] | None
+    findings: list[str]
+
+    def read(self, top: int, left: int, height: int, width: int) -> np.ndarray:
+        """Values (height, width) of a window inside the raster, of an unsigned type."""
+
+    def close(self) -> None:
+        """Let go of the file."""
+
+
+def is_annotation(path: Path | None) -> bool:
+    """Whether a mask file holds polygons or run lengths."""
+    return path is not None and path.suffix.lower() in (*SHAPE_SUFFIXES, RUN_SUFFIX)
+
+
+def open_mask(path: Path, pair: Pair, slide: Slide, raster: Raster) -> MaskSource:
+    """Open the mask, or the region of interest, of a slide.
+
+    Raises:
+        ImageError: the file cannot be used; it is named.
+    """
+    if path.suffix.lower() in SHAPE_SUFFIXES:
+        return ShapeMask(path, slide, raster)
+    if path.suffix.lower() == RUN_SUFFIX:
+        return RunMask(path, pair.name, raster)
+    return RasterMask(path, slide, raster)
+
+
+class ShapeMask:
+    """Polygons of a GeoJSON file in level-0 pixels; later ones lie over earlier ones."""
+
+    def __init__(self, path: Path, slide: Slide, raster: Raster) -> None:
+        shapes, findings = read_geojson(path)
+        outside = check_inside(shapes, slide.height, slide.width)
+        apart = {finding.feature for finding in outside if "wholly" in finding.problem}
+        if shapes and apart >= {shape.feature for shape in shapes}:
+            raise ImageError(f"{path}: no annotation lies on the slide {slide.path}: {outside[0]}")
+        self.findings = [f"{path}: {finding}" for finding in (*findings, *outside)]
+        found = {shape.name for shape in shapes}
+        self.names: list[str | None] | None = sorted(found, key=lambda name: (name is not None, name or ""))
+        self._values = {name: number for number, name in enumerate(self.names, 1)}
+        # The raster's pixels are not always `scale` wide in both directions: its last row and column are cut.
+        self._index = ShapeIndex(_scaled(shapes, raster))
+
+    def read(self, top: int, left: int, height: int, width: int) -> np.ndarray:
+        """See MaskSource."""
+        return self._index.rasterise_classes(self._values, top, left, height, width)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def _scaled(shapes: list[Shape], raster: Raster) -> list[Shape]:
+    factor = np.array([raster.width / raster.full_width, raster.height / raster.full_height])
+    if (factor == 1).all():
+        return shapes
+    return [Shape(shape.name, tuple(ring * factor for ring in shape.rings), shape.feature) for shape in shapes]
+
+
+class RunMask:
+    """The rows of one image in a table of run lengths of level 0; a later class lies over an earlier one."""
+
+    findings: list[str]
+
+    def __init__(self, path: Path, name: str, raster: Raster) -> None:
+        self.findings, self._raster = [], raster
+        texts: dict[str | None, str] = {}
+        for other, kind, runs in read_runs(path):
+            if other != name:
+                continue
+            if kind in texts:
+                which = f" of class {kind!r}" if kind is not None else ""
+                raise ImageError(f"{path} has two rows for {name!r}{which}; expected one: join or delete them")
+            texts[kind] = runs
+        self.names: list[str | None] | None = list(texts)
+        try:
+            size = raster.full_height, raster.full_width
+            self._parts = [RleRaster(runs, *size) for runs in texts.values()]
+        except ValueError as error:
+            raise ImageError(f"{path}, row {name!r}: {error}") from error
+
+    def read(self, top: int, left: int, height: int, width: int) -> np.ndarray:
+        """See MaskSource."""
+        size = self._raster.full_height, self._raster.full_width
+        rows, columns = self._raster.places(top, height, left, width, size)
+        values = np.zeros((height, width), np.uint8)
+        for number, part in enumerate(self._parts, 1):
+            values[read_places(part.read, rows, columns)] = number
+        return values
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class RasterMask:
+    """A mask image with as many pixels as a level of the slide, or as the raster; the file's own values."""
+
+    names: list[str | None] | None = None
+    findings: list[str]
+
+    def __init__(self, path: Path, slide: Slide, raster: Raster) -> None:
+        self.findings, self.path, self._raster = [], path, raster
+        self._slide: Slide | None = None
+        self._divisor, is_palette = _tiff_form(path)
+        if is_palette:
+            values = read_mask(path)
+            self.size, self._read = values.shape, _window_reader(values)
+        else:
+            self._slide = open_slide(path)
+            self._grid = self._slide.grid()
+            self._grid.keep(KEPT_BYTES)
+            self.size, self._read = (self._grid.height, self._grid.width), self._read_grid
+        fits = [(level.height, level.width) for level in slide.levels] + [(raster.height, raster.width)]
+        if self.size not in fits:
+            self.close()
+            known = ", ".join(dict.fromkeys(f"{height}x{width}" for height, width in fits))
+            raise ImageError(
+                f"{path} is {self.size[0]}x{self.size[1]}, its slide {slide.path} has the sizes {known}; expected one "
+                "of these: save the mask at the size of level 0"
+            )
+
+    def _read_grid(self, top: int, left: int, height: int, width: int) -> np.ndarray:
+        pixels = self._grid.read(top, left, height, width)
+        if self._grid.damage:
+            raise ImageError(self._grid.damage[0])
+        values = pixels[:, :, 0]
+        if pixels.shape[2] > 1 and (pixels != pixels[:, :, :1]).any():
+            raise ImageError(f"{self.path} has {pixels.shape[2]} channels that differ; expected one: save it as grey")
+        if values.dtype.kind == "f":
+            if not ((values >= 0) & (values == np.rint(values))).all():
+                raise ImageError(f"{self.path} holds {values.min():g} to {values.max():g}; expected whole labels from 0")
+            return values.astype(np.uint32)
+        return values // values.dtype.type(self._divisor) if self._divisor > 1 else values
+
+    def read(self, top: int, left: int, height: int, width: int) -> np.ndarray:
+        """See MaskSource."""
+        rows, columns = self._raster.places(top, height, left, width, self.size)
+        return read_places(self._read, rows, columns)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._slide:
+            self._slide.close()
+
+
+def _tiff_form(path: Path) -> tuple[int, bool]:
+    """What few bits are spread by when a TIFF is read as an image; whether the file is to be read as a mask instead.
+
+    The values of palettes are indices, which only read_mask keeps; so are those of anything but TIFF.
+    """
+    if path.suffix.lower() not in (".tif", ".tiff", ".btf"):
+        return 1, True
+    with open_tiff(path) as tif:
+        page = main_pages(tif, path)[0]
+        bits = page.bitspersample
+        return (255 // (2**bits - 1) if bits < 8 else 1), page.photometric == 3
+
+
+def _window_reader(values: np.ndarray) -> Read:
+    return lambda top, left, height, width: values[top : top + height, left : left + width]
+
+
+def read_places(read: Read, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Values at some ascending rows and columns of a mask, a copy; of windows that are larger, a part at a time."""
+    top, left = int(rows[0]), int(columns[0])
+    height, width = int(rows[-1]) + 1 - top, int(columns[-1]) + 1 - left
+    if (height, width) == (len(rows), len(columns)):
+        return read(top, left, height, width).copy()
+    step = max(1, math.floor(CHUNK / width * len(rows) / height))
+    parts = []
+    for start in range(0, len(rows), step):
+        some = rows[start : start + step]
+        first, count = int(some[0]), int(some[-1]) + 1 - int(some[0])
+        parts.append(read(first, left, count, width)[np.ix_(some - first, columns - left)])
+    return np.concatenate(parts)
