@@ -57,6 +57,7 @@ class ModelConfig:
     `class_names` has a name for every class index, the implicit background included.
     `channels`, `mean` and `std` run in network order (R G B extras), in raw pixel units.
     `value_range` holds the lowest and highest value of each channel, `dtype` the type that training images had.
+    `tissue` is the rule (tissue.RULES) that training and its scores kept to on slides, or "none".
     """
 
     architecture: str
@@ -81,6 +82,7 @@ class ModelConfig:
     batch: int = 8
     val_share: float = 0.2
     group_pattern: str | None = None
+    tissue: str = "none"
     thresholds: dict[str, float] = field(default_factory=lambda: {"default": 0.5})
     format: int = FORMAT
 

@@ -1,7 +1,7 @@
 """Mask values on disk -> class indices, and the flags that choose the classes."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from pairing import DatasetError
 UNLISTED = 254  # marks a mask value that no class takes, while a mask is turned into class indices
 MAX_LABEL = 65535  # of labels that can be named; larger values in a uint32 map are objects or background
 MANY_CLASSES = 250  # class indices are 8 bit, and some of them mean something else
+BACKGROUND, OBJECT = "background", "object"  # names of classes that were given none
 SHOWN = 20  # labels that a message lists
 
 
@@ -64,6 +65,13 @@ class ClassMap:
     def _unlisted(self, value: int) -> int:
         return UNLISTED if not self.has_background or 0 < self.max_mask_val < value else 0
 
+    @property
+    def annotations(self) -> "AnnotationLabels":
+        """Which mask values stand for the classes that polygons and run lengths name."""
+        names = self.names[int(self.has_background) :]
+        any_value = MAX_LABEL if self.mask_threshold is not None else 1
+        return AnnotationLabels(() if names == (OBJECT,) else names, self.labels or (any_value,))
+
     def indices(self, values: np.ndarray) -> np.ndarray:
         """Class index uint8 of each mask value, of any shape; 254 where no class takes it."""
         if values.dtype.itemsize <= 2:
@@ -83,6 +91,51 @@ class ClassMap:
             good = np.flatnonzero(self.table != UNLISTED)[:20].tolist()
             raise DatasetError(f"mask {path} holds the labels {bad}, out of range; expected {good}")
         return mask
+
+
+@dataclass(frozen=True)
+class AnnotationLabels:
+    """Mask values of annotations that name their class, as GeoJSON does.
+
+    names: of the labels, in their order; none: whatever is annotated is the one object.
+    """
+
+    names: tuple[str, ...]
+    labels: tuple[int, ...]
+
+    @classmethod
+    def from_options(cls, options: "ClassOptions") -> "AnnotationLabels":
+        """What the flags say, before any mask was looked at."""
+        names = options.names[1:] if options.names[:1] == (BACKGROUND,) else options.names
+        if options.labels and options.labels != "nonzero":
+            labels = _listed(options.labels, options.ignore_label)
+        elif options.mask_threshold is not None:
+            labels = (MAX_LABEL,)
+        else:
+            labels = tuple(range(1, (options.max_mask_val or len(names) or 1) + 1))
+        return cls(names or (tuple(map(str, labels)) if len(labels) > 1 else ()), labels)
+
+    def values(self, found: Iterable[str | None], path: Path) -> dict[str | None, int]:
+        """The mask value of each name that annotations have; None stands for those without a name.
+
+        Raises:
+            DatasetError: a name that no class has; `path` is named.
+        """
+        table: dict[str | None, int] = dict(zip(self.names, self.labels, strict=False))
+        if len(self.names) < 2:
+            table[None] = self.labels[0]
+        found = [*found]
+        if not self.names:
+            return dict.fromkeys(found, self.labels[0])
+        table.setdefault(BACKGROUND, 0)
+        unknown = [name for name in found if name not in table]
+        if unknown:
+            shown = ", ".join("no class at all" if name is None else repr(name) for name in unknown[:SHOWN])
+            raise DatasetError(
+                f"the annotations of {path} name {shown}; expected {', '.join(map(repr, self.names))}: add the others "
+                "to --class-names, or rename or delete them in the file"
+            )
+        return {name: table[name] for name in found}
 
 
 @dataclass(frozen=True)
@@ -117,8 +170,8 @@ def resolve_classes(options: ClassOptions, counts: Counter[int]) -> ClassMap:
     labels = _labels(options, counts)
     if len(labels) > MANY_CLASSES:
         raise DatasetError(f"{len(labels)} labels to learn, at most {MANY_CLASSES} are possible")
-    implicit = [] if 0 in labels else ["background"]
-    classes = [*implicit, *(map(str, labels) if len(labels) > 1 or not implicit else ["object"])]
+    implicit = [] if 0 in labels else [BACKGROUND]
+    classes = [*implicit, *(map(str, labels) if len(labels) > 1 or not implicit else [OBJECT])]
     if len(classes) < 2:
         raise DatasetError("--class-list 0 alone leaves nothing to tell it from; add the labels of the other classes")
     if options.names:

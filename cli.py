@@ -236,6 +236,23 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--preprocess", nargs="+", choices=("clahe", "denoise", "stretch"), default=[], help="steps before statistics"
     )
+    add_slide_args(parser)
+
+
+def add_slide_args(parser: argparse.ArgumentParser) -> None:
+    """Add how slides are read: at which scale, and where in them."""
+    group = parser.add_argument_group("slides")
+    scale = group.add_mutually_exclusive_group()
+    scale.add_argument(
+        "--mpp", type=positive_float, metavar="UM", help="read images at so many micrometres per pixel (with --crops)"
+    )
+    scale.add_argument("--reduce", type=at_least_one, metavar="X", help="read images X times smaller (with --crops)")
+    group.add_argument(
+        "--tissue",
+        choices=("auto", "saturation", "otsu", "none"),
+        default="auto",
+        help="windows and scores of slides keep to tissue; auto: by colour, where all are RGB and say their scale",
+    )
 
 
 def add_threshold_args(parser: argparse.ArgumentParser) -> None:
@@ -250,17 +267,18 @@ def add_threshold_args(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def pick_threshold(wanted: float | str, known: Mapping[str, float]) -> float:
+def pick_threshold(wanted: float | str, known: Mapping[str, float], num_logits: int = 1) -> float:
     """The number behind --thres.
 
     Raises:
-        UsageError: `best` was asked for and the checkpoint has none.
+        UsageError: `best` was asked for and the checkpoint has none, or a number for a network of several classes.
     """
-    if wanted != "best":
-        return float(wanted)
-    if "best" not in known:
+    if wanted == "best" and "best" not in known:
         raise UsageError("-t best: the checkpoint stores no best threshold (it has several classes); use -t 0.5")
-    return known["best"]
+    number = known["best"] if wanted == "best" else float(wanted)
+    if num_logits > 1 and number != 0.5:
+        raise UsageError(f"-t {number:g} is for one class; of several the likeliest wins, without a threshold")
+    return number
 
 
 def add_score_args(parser: argparse.ArgumentParser) -> None:
@@ -460,6 +478,11 @@ def threshold(text: str) -> float | str:
 def not_negative(text: str) -> float:
     """Argparse type: a number of at least 0."""
     return _number(text, float, 0, None)
+
+
+def at_least_one(text: str) -> float:
+    """Argparse type: a number of at least 1."""
+    return _number(text, float, 1, None)
 
 
 def positive_float(text: str) -> float:

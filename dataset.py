@@ -28,12 +28,16 @@ from image_io import (
     resize_mask,
 )
 from pairing import DatasetError, Pair
+from slide_index import open_places
+from slide_windows import SlideOptions, is_slide
 from tiling import reflect_index
 
 if TYPE_CHECKING:
     from augmentations import Augmentation  # only training pays for its libraries
 
 BATCH_IMAGES = 4  # images whose crops are mixed with each other
+WHOLE_SLIDE = "a network that sees whole images resized cannot learn from it; take crops, such as --crops 64"
+SLIDE_SLOTS = 4  # windows of a slide that are read together
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -164,11 +168,22 @@ class EpochSampler(Sampler[tuple[Slot, ...]]):
         crops: slots an image gets in an epoch (1 for the resize geometry).
         quota: share of the slots that must hold a labelled pixel. They are taken from images that have one; only when
             these are too few do images without one pass slots on to them.
+        slides: which of the images are slides. Nothing is saved by reading all windows of a slide together, so their
+            slots come a few at a time, mixed with those of other slides.
     """
 
-    def __init__(self, present: Sequence[Sequence[int]], *, crops: int, quota: float, seed: int) -> None:
+    def __init__(
+        self,
+        present: Sequence[Sequence[int]],
+        *,
+        crops: int,
+        quota: float,
+        seed: int,
+        slides: Sequence[bool] = (),
+    ) -> None:
         self.present = [tuple(classes) for classes in present]
         self.crops, self.quota, self.seed = crops, quota, seed
+        self.slides = [*slides] or [False] * len(self.present)
         self.labelled = [index for index, classes in enumerate(self.present) if classes]
         self.epoch = 0
 
@@ -180,6 +195,11 @@ class EpochSampler(Sampler[tuple[Slot, ...]]):
     def samples(self) -> int:
         """Samples in one epoch."""
         return len(self.present) * self.crops
+
+    @property
+    def together(self) -> int:
+        """Most slots of one image that come together."""
+        return self.crops if not all(self.slides) else min(self.crops, SLIDE_SLOTS)
 
     def __iter__(self) -> Iterator[tuple[Slot, ...]]:
         rng = np.random.default_rng([self.seed, self.epoch])
@@ -194,7 +214,18 @@ class EpochSampler(Sampler[tuple[Slot, ...]]):
                     image = int(rng.choice(self.labelled))
                 wanted = int(rng.choice(self.present[image]))
             together.setdefault(image, []).append(Slot(image, seed, wanted))
-        yield from map(tuple, together.values())
+        if not any(self.slides):
+            yield from map(tuple, together.values())
+            return
+        images = [*together]
+        for start in range(0, len(images), BATCH_IMAGES):
+            pieces = [p for image in images[start : start + BATCH_IMAGES] for p in self._pieces(image, together[image])]
+            yield from (pieces[place] for place in rng.permutation(len(pieces)).tolist())
+
+    def _pieces(self, image: int, slots: Sequence[Slot]) -> list[tuple[Slot, ...]]:
+        """The slots of an image as they are read: all together, or of a slide some at a time."""
+        step = SLIDE_SLOTS if self.slides[image] else max(1, len(slots))
+        return [tuple(slots[start : start + step]) for start in range(0, len(slots), step)]
 
     def _forced(self, images: Sequence[int], rng: np.random.Generator) -> set[int]:
         """Places of the slots that must hold a labelled pixel: those of labelled images before those of others."""
@@ -223,6 +254,10 @@ class TrainingSet(Dataset[list[tuple[str, np.ndarray, np.ndarray]]]):
         self, pairs: Sequence[Pair], classes: ClassMap, config: ModelConfig, augmentation: "Augmentation"
     ) -> None:
         self.pairs, self.classes, self.config, self.augmentation = list(pairs), classes, config, augmentation
+        self.options = SlideOptions.from_config(config)
+        self.slides = [is_slide(pair, self.options) for pair in self.pairs]
+        if any(self.slides) and config.geometry.kind != "crops":
+            raise DatasetError(f"{self.pairs[self.slides.index(True)].image} is a slide: {WHOLE_SLIDE}")
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -230,6 +265,8 @@ class TrainingSet(Dataset[list[tuple[str, np.ndarray, np.ndarray]]]):
     def __getitem__(self, slots: tuple[Slot, ...]) -> list[tuple[str, np.ndarray, np.ndarray]]:
         """Samples (name, tensor (C, H, W) float32, mask (H, W) uint8), one for each slot."""
         pair = self.pairs[slots[0].image]
+        if self.slides[slots[0].image]:
+            return [self._slide_sample(pair, slot) for slot in slots]
         image, mask, _ = load_pair(pair, self.classes, self.config)
         if mask is None:
             raise DatasetError(f"{pair.image} has no mask; expected one of its name in gt/ or masks/")
@@ -248,12 +285,35 @@ class TrainingSet(Dataset[list[tuple[str, np.ndarray, np.ndarray]]]):
 
     def _crop(self, image: np.ndarray, mask: np.ndarray, slot: Slot) -> tuple[np.ndarray, np.ndarray]:
         """Deform a window of twice the size, then cut its middle: artefacts of the border stay outside."""
-        size = self.config.geometry.size
         rng = np.random.default_rng(slot.seed)
+        corner = crop_corner(mask, self.config.geometry.size, slot.wanted, rng)
+        return self._deform(cut_window(image, mask, *self._doubled(corner)), slot, rng)
+
+    def _slide_sample(self, pair: Pair, slot: Slot) -> tuple[str, np.ndarray, np.ndarray]:
+        """As _crop, of a slide whose windows are read one by one."""
+        places = open_places(pair, self.options, self.classes, self.config.mean)
+        rng = np.random.default_rng(slot.seed)
+        corner = places.corner(self.config.geometry.size, slot.wanted, rng)
+        window = places.slide.window(self.classes, *self._doubled(corner))
+        pixels, indices = self.augmentation.local(*self._deform(window, slot, rng), slot.seed + 1)
+        return pair.name, normalise(pixels, self.config.mean, self.config.std), indices
+
+    def _doubled(self, corner: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Corner and size of the window of twice the size round a crop."""
+        double, middle = self._middle()
+        return (corner[0] - middle[0], corner[1] - middle[1]), (double, double)
+
+    def _middle(self) -> tuple[int, tuple[int, int]]:
+        """Side of a window of twice the size of a crop, and where the crop lies in it."""
+        size = self.config.geometry.size
         double = 2 * max(size)
-        row, column = crop_corner(mask, size, slot.wanted, rng)
-        middle = ((double - size[0]) // 2, (double - size[1]) // 2)
-        window = cut_window(image, mask, (row - middle[0], column - middle[1]), (double, double))
+        return double, ((double - size[0]) // 2, (double - size[1]) // 2)
+
+    def _deform(
+        self, window: tuple[np.ndarray, np.ndarray], slot: Slot, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The middle of a window of twice the size after the geometric augmentations."""
+        size, middle = self.config.geometry.size, self._middle()[1]
         warped = self.augmentation.geometric(*window, slot.seed)
         crop = cut_window(*warped, middle, size)
         if slot.wanted is None or (crop[1] == slot.wanted).any():
@@ -349,7 +409,7 @@ class TrainingBatches:
     def __iter__(self) -> Iterator[Batch]:
         rng = np.random.default_rng([self.sampler.seed, self.sampler.epoch, 1])
         pool: list[tuple[Batch, int]] = []
-        enough = max(self.batch, BATCH_IMAGES * self.sampler.crops)
+        enough = max(self.batch, BATCH_IMAGES * self.sampler.together)
         for samples in self.loader:
             pool += [(samples, row) for row in range(len(samples.names))]
             while len(pool) >= enough:
@@ -399,9 +459,22 @@ class EvaluationSet(Dataset[Sample]):
         self, pairs: Sequence[Pair], classes: ClassMap, config: ModelConfig, *, with_images: bool = False
     ) -> None:
         self.pairs, self.classes, self.config, self.with_images = list(pairs), classes, config, with_images
+        self.options = SlideOptions.from_config(config)
+        self.slides = [is_slide(pair, self.options) for pair in self.pairs]
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+    def without_slides(self) -> "EvaluationSet":
+        """The images that are decoded whole."""
+        whole = [pair for pair, is_slide in zip(self.pairs, self.slides, strict=True) if not is_slide]
+        if len(whole) == len(self.pairs):
+            return self
+        return EvaluationSet(whole, self.classes, self.config, with_images=self.with_images)
+
+    def slide_pairs(self) -> list[Pair]:
+        """The slides, which are predicted band by band."""
+        return [pair for pair, is_slide in zip(self.pairs, self.slides, strict=True) if is_slide]
 
     def __getitem__(self, index: int) -> Sample:
         pair, geometry = self.pairs[index], self.config.geometry

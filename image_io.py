@@ -33,8 +33,17 @@ _PILLOW_PLUGINS: dict[str, Callable[..., Any]] = {  # called directly, past PIL'
 }
 
 
-def list_images(folder: Path) -> dict[str, Path]:
+def file_stem(path: Path) -> str:
+    """What images, masks and results of one picture have in common: the stem (NFC), without the .ome of .ome.tif."""
+    stem = unicodedata.normalize("NFC", path.stem)
+    return stem[:-4] if path.suffix.lower() in (".tif", ".tiff") and stem.lower().endswith(".ome") else stem
+
+
+def list_images(folder: Path, more: Sequence[str] = ()) -> dict[str, Path]:
     """Find the images directly inside a folder.
+
+    Args:
+        more: suffixes that count beside IMAGE_SUFFIXES, in lower case.
 
     Returns:
         File stem (Unicode NFC, so that files from macOS and Linux pair) to path, sorted by stem. Hidden files,
@@ -51,9 +60,9 @@ def list_images(folder: Path) -> dict[str, Path]:
         raise NotADirectoryError(f"{folder} is a file; expected a folder with images ({_spell(IMAGE_SUFFIXES)})")
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir(), key=lambda path: path.name):
-        if path.name.startswith(".") or path.suffix.lower() not in IMAGE_SUFFIXES or not path.is_file():
+        if path.name.startswith(".") or path.suffix.lower() not in (*IMAGE_SUFFIXES, *more) or not path.is_file():
             continue
-        stem = unicodedata.normalize("NFC", path.stem)
+        stem = file_stem(path)
         if stem in found:
             raise ImageError(
                 f"{folder} holds {found[stem].name!r} and {path.name!r}, which share the stem {stem!r}; images and "

@@ -4,7 +4,7 @@ Undefined values are None, never NaN, so that every summary can be written as JS
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -165,6 +165,33 @@ class Scorer:
         Raises:
             ValueError: shapes that don't fit, NaN or values outside [0, 1] on counted pixels, unknown classes.
         """
+        return self.update_parts(name, [(probs, mask)])
+
+    def update_parts(self, name: str, parts: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, float | None]:
+        """Count one image that comes in parts, such as row bands: the counts are those of update with the whole.
+
+        Args:
+            name: see update.
+            parts: (probabilities, mask) as update takes them, of any number of pixels each, every pixel once. They
+                may be reused for the next part. Nothing is counted when making or counting one of them fails.
+
+        Raises:
+            ValueError: see update; also no part at all.
+        """
+        confusion, histogram, empty = np.zeros_like(self.confusion), np.zeros_like(self.histogram), True
+        for probs, mask in parts:
+            table, bins = self._count_part(name, probs, mask)
+            confusion += table
+            if bins is not None:
+                histogram += bins
+            empty = False
+        if empty:
+            raise ValueError(f"{name}: no pixel to score, expected at least one part")
+        self.histogram += histogram
+        return self._add_image(name, confusion)
+
+    def _count_part(self, name: str, probs: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Confusion matrix (K, K) of some pixels, and the histogram of their probabilities for one class."""
         num_planes = 1 if self.binary else len(self.class_names)
         if mask.ndim != 2 or probs.shape != (num_planes, *mask.shape) or not mask.size:
             raise ValueError(
@@ -173,18 +200,21 @@ class Scorer:
             )
         probs = probs.astype(np.float32, copy=False)
         if not self.binary:
-            return self.update_pred(name, _largest(name, probs, mask), mask)
+            return self._confusion(name, _largest(name, probs, mask), mask), None
         histogram = _histogram(name, probs[0], mask)
-        scores = self.update_pred(name, probs[0] >= np.float32(self.threshold), mask)
-        self.histogram += histogram
-        return scores
+        return self._confusion(name, probs[0] >= np.float32(self.threshold), mask), histogram
 
     def update_pred(self, name: str, pred: np.ndarray, mask: np.ndarray) -> dict[str, float | None]:
         """Count one image whose classes are decided: as update, with pred (H, W) class indices or bool."""
+        return self._add_image(name, self._confusion(name, pred, mask))
+
+    def _confusion(self, name: str, pred: np.ndarray, mask: np.ndarray) -> np.ndarray:
         try:
-            confusion = confusion_matrix(pred, mask, len(self.class_names))
+            return confusion_matrix(pred, mask, len(self.class_names))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+
+    def _add_image(self, name: str, confusion: np.ndarray) -> dict[str, float | None]:
         hits = confusion.diagonal()
         counts = np.stack([hits, confusion.sum(axis=0) - hits, confusion.sum(axis=1) - hits], axis=1)  # (K, 3)
         self.confusion += confusion

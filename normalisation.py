@@ -59,6 +59,7 @@ def digest(facts: Sequence[PairFacts], steps: Sequence[str]) -> str:
     """Short name of what statistics were computed from: folders, file names and sizes of the fold, preprocessing."""
     paths = [path for item in facts for path in item.pair.layers]
     words = [f"{path.parent.name}/{path.name}:{path.stat().st_size}" for path in paths]
+    words += sorted({item.sampled for item in facts if item.sampled})
     return hashlib.sha256("|".join([*sorted(words), *steps]).encode()).hexdigest()[:16]
 
 
@@ -75,13 +76,15 @@ def load_or_compute_statistics(
         DatasetError: a file that is there is not what it should be, or no pixel has data.
     """
     mark, extent = digest(facts, steps), value_range(facts)
+    sampled = sorted({item.sampled for item in facts if item.sampled})
+    note = f"; estimated from {' and '.join(sampled)}" if sampled else ""
     order = _file_order(facts)
     own, other = run_dir / STATISTICS_FILE, root / STATISTICS_FILE
     for place in (other, own):
         if place.is_file():
             mean, std, found = read_statistics(place)
             if len(mean) == len(order) and found in (mark, None):
-                source = f"{place}" + ("" if found else " (no digest in it, taken as given)")
+                source = f"{place}{note}" if found else f"{place} (no digest in it, taken as given)"
                 return Statistics(tuple(mean[order].tolist()), tuple(std[order].tolist()), extent, source)
     mean, std = statistics(facts)
     text = _statistics_text(mean[order], std[order], mark, steps)
@@ -89,7 +92,9 @@ def load_or_compute_statistics(
     if target == own:
         write_text(own, text)
     mean, std, _ = read_statistics(target)  # with the digits in the file, so that every later run has the same
-    return Statistics(tuple(mean[order].tolist()), tuple(std[order].tolist()), extent, f"computed, kept in {target}")
+    return Statistics(
+        tuple(mean[order].tolist()), tuple(std[order].tolist()), extent, f"computed, kept in {target}{note}"
+    )
 
 
 def _write_first(text: str, wish: Path, instead: Path) -> Path:

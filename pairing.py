@@ -4,14 +4,20 @@ import csv
 import hashlib
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from image_io import IMAGE_SUFFIXES, list_images
+from image_io import IMAGE_SUFFIXES, file_stem, list_images
+from slide_sources import OPENSLIDE_SUFFIXES
 
 MASK_DIRS = ("gt", "masks")
 SPLITS = ("train", "val", "test")
+SLIDE_SUFFIXES = (".svs", ".ndpi", ".btf", *OPENSLIDE_SUFFIXES)
+SHAPE_SUFFIXES = (".geojson", ".json")  # of masks that are drawn as polygons
+RUN_COLUMNS = ("encoding", "rle", "predicted")  # what the column of run lengths may be called
+CLASS_COLUMNS = ("class", "label")
+LONGEST_CELL = 2**31 - 1  # characters of a csv cell; a slide has millions of runs
 
 
 class DatasetError(ValueError):
@@ -189,15 +195,19 @@ def list_pairs(
         DatasetError: images/ is empty, or a folder that was asked for is missing.
     """
     wanted = read_ids(ids) if ids else None
-    images = list_images(folder / "images")
+    images = list_images(folder / "images", SLIDE_SUFFIXES)
     if not images:
-        raise DatasetError(f"{folder / 'images'} holds no images; expected png, jpg, tif, bmp, gif or webp files")
+        raise DatasetError(
+            f"{folder / 'images'} holds no images; expected png, jpg, tif, bmp, gif or webp files, or slides"
+        )
     mask_dir = next((name for name in MASK_DIRS if (folder / name).is_dir()), None)
-    beside = {name: _list_beside(folder, name) for name in (*add_dirs, roi_dir, mask_dir) if name}
+    beside = {name: _list_beside(folder, name) for name in (*add_dirs, roi_dir) if name}
+    if mask_dir:
+        beside[mask_dir] = _list_masks(folder / mask_dir, images)
     unknown: frozenset[str] = frozenset()
     if wanted is not None:
         unknown = frozenset(wanted - images.keys())
-        unknown -= {name for other in _siblings(folder) for name in list_images(other) if unknown}
+        unknown -= {name for other in _siblings(folder) for name in list_images(other, SLIDE_SUFFIXES) if unknown}
         images = {stem: path for stem, path in images.items() if stem in wanted}
         beside = {name: {s: p for s, p in found.items() if s in wanted} for name, found in beside.items()}
     pairs = [
@@ -218,7 +228,63 @@ def list_pairs(
 def _list_beside(folder: Path, name: str) -> dict[str, Path]:
     if not (folder / name).is_dir():
         raise DatasetError(f"no folder {folder / name}, asked for as {name!r}; expected beside {folder / 'images'}")
-    return list_images(folder / name)
+    return list_images(folder / name, SLIDE_SUFFIXES)
+
+
+def _list_masks(folder: Path, images: dict[str, Path]) -> dict[str, Path]:
+    """Masks by stem: rasters and .geojson files; for images without one a .json file, or a row of the one csv table."""
+    found = list_images(folder, SHAPE_SUFFIXES[:1])
+    for path in sorted(folder.glob("*.json")):
+        stem = file_stem(path)
+        if stem in images and stem not in found:
+            found[stem] = path
+    if len(found.keys() & images.keys()) == len(images):
+        return found
+    tables = [path for path in sorted(folder.glob("*.csv")) if path.name[0] != "." and _run_columns(path)]
+    if len(tables) > 1:
+        raise DatasetError(
+            f"{folder} holds {len(tables)} tables of run lengths, {tables[0].name} and {tables[1].name}; expected one: "
+            "put their rows into one file"
+        )
+    named = {name for table in tables for name, _, _ in read_runs(table)}
+    return {**{stem: tables[0] for stem in images.keys() & named}, **found}
+
+
+def _run_columns(path: Path) -> tuple[str, str, str | None, str] | None:
+    """The columns of a table of run lengths: id, runs, class or None; and its delimiter. None: it is none."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            line = file.readline(4096)
+    except UnicodeDecodeError:
+        return None
+    delimiter = ";" if line.count(";") > line.count(",") else ","
+    columns = next(csv.reader([line], delimiter=delimiter), [])
+    runs = next((column for column in columns if column.strip().lower() in RUN_COLUMNS), None)
+    name = next((column for column in columns if column.strip().lower() == "id"), None)
+    kind = next((column for column in columns if column.strip().lower() in CLASS_COLUMNS), None)
+    return None if runs is None or name is None else (name, runs, kind, delimiter)
+
+
+def read_runs(path: Path) -> Iterator[tuple[str, str | None, str]]:
+    """Rows of a table of run lengths: name of the image, class (None: the table has no such column), runs.
+
+    Raises:
+        DatasetError: no such table.
+    """
+    columns = _run_columns(path)
+    if columns is None:
+        raise DatasetError(f"{path} is no table of run lengths; expected the columns id and {RUN_COLUMNS[0]}")
+    name, runs, kind, delimiter = columns
+    csv.field_size_limit(LONGEST_CELL)
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        for row in csv.DictReader(file, delimiter=delimiter):
+            yield _plain_name(row[name] or ""), (row[kind] or "").strip() if kind else None, row[runs] or ""
+
+
+def _plain_name(name: str) -> str:
+    """An image's name as its files pair: without the suffix of an image, Unicode NFC."""
+    path, composed = Path(name.strip()), unicodedata.normalize("NFC", name.strip())
+    return file_stem(path) if path.suffix.lower() in (*IMAGE_SUFFIXES, *SLIDE_SUFFIXES) else composed
 
 
 def _siblings(folder: Path) -> list[Path]:
@@ -259,8 +325,7 @@ def read_ids(path: Path) -> set[str]:
         raise DatasetError(f"{path} cannot be read: {error.strerror}; expected a csv file with a column id") from error
     except UnicodeDecodeError as error:
         raise DatasetError(f"{path} is not UTF-8 text; expected a csv file with a column id") from error
-    plain = (Path(name).stem if Path(name).suffix.lower() in IMAGE_SUFFIXES else name for name in names if name)
-    return {unicodedata.normalize("NFC", name) for name in plain}
+    return {_plain_name(name) for name in names if name}
 
 
 def share_by_name(pairs: Sequence[Pair], share: float, pattern: str | None) -> tuple[list[Pair], list[Pair]]:

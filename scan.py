@@ -7,71 +7,24 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from classes import SHOWN, ClassMap, ClassOptions, list_labels, resolve_classes
+from classes import SHOWN, AnnotationLabels, ClassMap, ClassOptions, list_labels, resolve_classes
 from dataset import both_hold, read_layer
+from facts import ImageFacts, MaskFacts, PairFacts, cache_dir, count_labels, moments
 from image_io import ImageError, read_mask, read_orientation, write_text
 from pairing import DatasetError, FileOptions, Listing, Pair, find_splits
+from slide_masks import is_annotation
+from slide_scan import choose_tissue, scan_slide
+from slide_windows import AS_STORED, SlideOptions, is_slide
 
 CACHE_VERSION = 2
-MANY_LABELS = 4096  # of one mask; those beyond are counted under its largest label
 SHOWN_ERRORS = 100  # that stop a training; the command that only checks lists more
-
-
-@dataclass
-class ImageFacts:
-    """What one image file holds, after preprocessing.
-
-    pixels: how many hold data. means and spreads: for each channel, over these pixels, the mean and the sum of squared
-    differences from it. low and high: smallest and largest value.
-    """
-
-    size: tuple[int, int] = (0, 0)
-    channels: int = 0
-    dtype: str = ""
-    orientation: int = 1
-    pixels: int = 0
-    means: list[float] = field(default_factory=list)
-    spreads: list[float] = field(default_factory=list)
-    low: float = 0.0
-    high: float = 0.0
-    error: str | None = None
-
-
-@dataclass
-class MaskFacts:
-    """What one mask file holds: pixels of each value, [[value, count], ...], where the pixels count."""
-
-    size: tuple[int, int] = (0, 0)
-    orientation: int = 1
-    labels: list[list[int]] = field(default_factory=list)
-    error: str | None = None
-
-
-@dataclass
-class PairFacts:
-    """Facts of one pair; `layers` are the image and its extra channels."""
-
-    pair: Pair
-    layers: list[ImageFacts]
-    mask: MaskFacts | None
-    roi: MaskFacts | None
-
-    @property
-    def channels(self) -> int:
-        """Channels of the image file alone, without the extra ones."""
-        return self.layers[0].channels
-
-    @property
-    def has_data(self) -> bool:
-        """Whether every layer was read and has a pixel that counts."""
-        return all(layer.pixels for layer in self.layers)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -79,7 +32,12 @@ class PairFacts:
 
 
 def scan_pairs(
-    pairs: Sequence[Pair], *, steps: Sequence[str] = (), workers: int | None = None, progress: bool = False
+    pairs: Sequence[Pair],
+    *,
+    steps: Sequence[str] = (),
+    slides: SlideOptions = AS_STORED,
+    workers: int | None = None,
+    progress: bool = False,
 ) -> list[PairFacts]:
     """Read every pair that the cache does not know with its files' present sizes and times.
 
@@ -88,18 +46,23 @@ def scan_pairs(
 
     Args:
         steps: preprocessing that the statistics belong to.
+        slides: how slides are read. Of a slide the statistics are from windows, the labels from the whole mask, both
+            at the training scale.
         workers: threads; None is one for each core.
         progress: show a bar on a terminal.
     """
     cache_path = _cache_path(pairs)
     cache = _read_cache(cache_path)
-    keys = [_key(pair, steps) for pair in pairs]
+    by_windows = [is_slide(pair, slides) for pair in pairs]
+    keys = [_key(pair, steps, slides if large else None) for pair, large in zip(pairs, by_windows, strict=True)]
     states = [[_state(path) for path in _files(pair)] for pair in pairs]
     fresh = [i for i, key in enumerate(keys) if cache.get(key, {}).get("state") != states[i]]
     if fresh:
         pool = ThreadPoolExecutor(workers or os.cpu_count())
         try:
-            found = pool.map(lambda i: _scan_pair(pairs[i], steps), fresh)
+            found = pool.map(
+                lambda i: scan_slide(pairs[i], slides, steps) if by_windows[i] else _scan_pair(pairs[i], steps), fresh
+            )
             bar = tqdm(found, "checking files", len(fresh), leave=False, disable=None if progress else True, unit="img")
             for i, facts in zip(fresh, bar, strict=True):
                 cache[keys[i]] = {"state": states[i], **facts}
@@ -147,47 +110,12 @@ def _scan_image(path: Path, steps: Sequence[str], *, extra: bool) -> tuple[Image
     return facts, valid
 
 
-def moments(pixels: np.ndarray) -> tuple[list[float], list[float]]:
-    """Mean and sum of squared differences from it, for each channel of (P, C) uint8, uint16 or float32."""
-    means, spreads = [], []
-    weights: np.ndarray
-    for channel in pixels.T:
-        if channel.dtype.kind == "u":  # by value, each of which is exact
-            weights = np.bincount(channel)
-            values = np.arange(len(weights), dtype=np.float64)
-        else:
-            weights, values = np.ones(len(channel)), channel.astype(np.float64)
-        mean = float(weights @ values / len(channel))
-        means.append(mean)
-        spreads.append(float(weights @ (values - mean) ** 2))
-    return means, spreads
-
-
 def _scan_mask(path: Path) -> tuple[MaskFacts, np.ndarray | None]:
     try:
         mask = read_mask(path)
         return MaskFacts(mask.shape[:2], read_orientation(path)), mask
     except (ImageError, OSError) as error:
         return MaskFacts(error=str(error)), None
-
-
-def count_labels(values: np.ndarray) -> list[list[int]]:
-    """[[value, pixels], ...] of mask values of any shape; see MANY_LABELS."""
-    if values.dtype.itemsize <= 2:
-        counts = np.bincount(values.ravel(), minlength=1)
-        found = np.flatnonzero(counts)
-        counts = counts[found]
-    else:
-        found, counts = np.unique(values, return_counts=True)
-    if len(found) > MANY_LABELS:
-        counts = np.append(counts[: MANY_LABELS - 1], counts[MANY_LABELS - 1 :].sum())
-        found = np.append(found[: MANY_LABELS - 1], found[-1])
-    return [[int(value), int(count)] for value, count in zip(found, counts, strict=True)]
-
-
-def cache_dir() -> Path:
-    """Folder of what can be computed again: $XDG_CACHE_HOME/tessera or ~/.cache/tessera."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tessera"
 
 
 def _cache_path(pairs: Sequence[Pair]) -> Path:
@@ -199,10 +127,11 @@ def _files(pair: Pair) -> list[Path]:
     return [*pair.layers, *(path for path in (pair.mask, pair.roi) if path)]
 
 
-def _key(pair: Pair, steps: Sequence[str]) -> str:
+def _key(pair: Pair, steps: Sequence[str], slides: SlideOptions | None = None) -> str:
     layers = "|".join(str(path.resolve()) for path in pair.layers)
     mask, roi = (path.resolve() if path else "" for path in (pair.mask, pair.roi))
-    return f"{'+'.join(steps)}|{layers}|mask {mask}|roi {roi}"
+    way = f"|{pair.name} by windows, {slides.text()}" if slides else ""
+    return f"{'+'.join(steps)}|{layers}|mask {mask}|roi {roi}{way}"
 
 
 def _state(path: Path) -> list[int]:
@@ -217,7 +146,8 @@ def _from_cache(pair: Pair, entry: dict[str, Any]) -> PairFacts:
     def mask(values: dict[str, Any] | None) -> MaskFacts | None:
         return values and MaskFacts(**{**values, "size": tuple(values["size"])})  # type: ignore[return-value]
 
-    return PairFacts(pair, [image(layer) for layer in entry["layers"]], mask(entry["mask"]), mask(entry["roi"]))
+    layers = [image(layer) for layer in entry["layers"]]
+    return PairFacts(pair, layers, mask(entry["mask"]), mask(entry["roi"]), entry.get("sampled", ""))
 
 
 def _read_cache(path: Path) -> dict[str, Any]:
@@ -246,6 +176,7 @@ def find_problems(listings: Sequence[Listing], facts: Sequence[PairFacts]) -> tu
     warnings: list[str] = []
     for item in facts:
         errors += _pair_errors(item)
+        warnings += [message for part in (item.mask, item.roi) if part for message in part.findings]
         for path, layer in zip(item.pair.layers, item.layers, strict=True):
             if layer.error is None and not layer.pixels:
                 warnings.append(f"{path} has no pixel with data")
@@ -380,7 +311,7 @@ def balanced_weights(pixels: np.ndarray) -> np.ndarray:
 class Checked:
     """A data set that was looked at: its facts, its classes and what there is to say about it.
 
-    errors stop a training, warnings and notes (choices that were made) do not.
+    errors stop a training, warnings and notes (choices that were made) do not. slides: how slides are read.
     """
 
     root: Path
@@ -391,6 +322,7 @@ class Checked:
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    slides: SlideOptions = AS_STORED
 
     def raise_errors(self) -> ClassMap:
         """Stop on errors, all of them in one message; else return the classes.
@@ -413,13 +345,15 @@ def check_from_flags(args: argparse.Namespace) -> Checked:
     Raises:
         DatasetError: there are no files to look at.
     """
+    slides = SlideOptions(args.mpp or 0.0, args.reduce or 1.0)
     files = FileOptions(tuple(args.add_dirs), args.roi_dir, args.ids, args.val_share, args.group_pattern)
     classes = ClassOptions(
         args.class_list, tuple(args.class_names or ()), args.ignore_label, args.mask_threshold, args.max_mask_val
     )
     train, val, note = find_splits(args.dataset, files, val_dir=args.val_dir, val_ids=args.val_ids)
-    checked = check_dataset(train, val, classes, steps=args.preprocess, progress=True)
-    checked.notes.insert(0, note)
+    slides, said = choose_tissue([pair for pair in train.pairs if is_slide(pair, slides)], slides, args.tissue)
+    checked = check_dataset(train, val, classes, steps=args.preprocess, slides=slides, progress=True)
+    checked.notes[:0] = [note, *([said] if said else [])]
     return checked
 
 
@@ -429,13 +363,14 @@ def check_dataset(
     options: ClassOptions,
     *,
     steps: Sequence[str] = (),
+    slides: SlideOptions = AS_STORED,
     workers: int | None = None,
     progress: bool = False,
 ) -> Checked:
     """Scan both splits and collect every finding at once."""
-    facts = scan_pairs([*train.pairs, *val.pairs], steps=steps, workers=workers, progress=progress)
+    facts = scan_pairs([*train.pairs, *val.pairs], steps=steps, slides=slides, workers=workers, progress=progress)
     root = train.folder.parent if train.folder.name == "train" else train.folder
-    checked = Checked(root, val.name, facts[: len(train.pairs)], facts[len(train.pairs) :])
+    checked = Checked(root, val.name, facts[: len(train.pairs)], facts[len(train.pairs) :], slides=slides)
     checked.errors, checked.warnings = find_problems([train, val], facts)
     for part, split in ((train, "training"), (val, "validation")):
         if not part.has_masks:
@@ -445,15 +380,47 @@ def check_dataset(
     twice = {pair.image.resolve() for pair in train.pairs} & {pair.image.resolve() for pair in val.pairs}
     if twice:
         checked.warnings.append(f"{len(twice)} images are in training and validation both, such as {min(twice)}")
-    if any(item.mask and not item.mask.error for item in checked.train):
+    drawn = any(item.mask and item.mask.names for item in facts)
+    unnamed = name_labels(facts, AnnotationLabels.from_options(options)) if drawn else []
+    checked.errors += unnamed
+    if not unnamed and any(item.mask and not item.mask.error for item in checked.train):
         _check_labels(checked, options)
     checked.errors = list(dict.fromkeys(checked.errors))
     checked.warnings = list(dict.fromkeys(checked.warnings))
     return checked
 
 
+def name_labels(facts: Sequence[PairFacts], labels: AnnotationLabels) -> list[str]:
+    """Give annotations the mask values of the classes they name, in place; errors for names that no class has."""
+    errors = []
+    for item in facts:
+        if item.mask is None or item.mask.names is None or item.mask.error or item.pair.mask is None:
+            continue
+        try:
+            table = labels.values(item.mask.names, item.pair.mask)
+        except DatasetError as error:
+            errors.append(str(error))
+            continue
+        counts: Counter[int] = Counter()
+        for value, count in item.mask.labels:
+            counts[table[item.mask.names[value - 1]] if value else 0] += count
+        item.mask.labels = [[value, count] for value, count in sorted(counts.items())]
+        item.mask.names = None
+    return errors
+
+
+def _annotation_options(checked: Checked, options: ClassOptions) -> ClassOptions:
+    """Labels 1, 2, ... for the names of --class-names where only annotations, which name their classes, say more."""
+    drawn = any(is_annotation(item.pair.mask) for item in checked.train)
+    if not drawn or options.labels or options.max_mask_val or options.mask_threshold is not None or not options.names:
+        return options
+    labels = AnnotationLabels.from_options(options).labels
+    return replace(options, labels=" ".join(map(str, labels)))
+
+
 def _check_labels(checked: Checked, options: ClassOptions) -> None:
     """Choose the classes and compare them with the labels of both splits."""
+    options = _annotation_options(checked, options)
     try:
         classes = checked.classes = resolve_classes(options, label_counts(checked.train))
     except DatasetError as error:

@@ -128,6 +128,10 @@ class Grid:
         self._check(top, left, height, width)
         return self._mosaic.valid(top, left, height, width)
 
+    def keep(self, size: int) -> None:
+        """Keep at most `size` bytes of decoded pixels at each scale, for windows that jump about in the slide."""
+        self._mosaic.budget = self._stored.budget = size
+
     def _check(self, top: int, left: int, height: int, width: int) -> None:
         if min(top, left) < 0 or min(height, width) < 1 or top + height > self.height or left + width > self.width:
             raise ValueError(

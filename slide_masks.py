@@ -16,7 +16,7 @@ from geojson import check_inside, read_geojson
 from image_headers import ImageError
 from image_io import read_mask
 from pairing import SHAPE_SUFFIXES, Pair, read_runs
-from polygons import Shape, ShapeIndex
+from polygons import ShapeIndex
 from rle import RleRaster
 from slide_io import Slide, open_slide
 from tiff_io import main_pages, open_tiff
@@ -30,22 +30,19 @@ Read = Callable[[int, int, int, int], np.ndarray]  # top, left, height, width ->
 
 @dataclass(frozen=True)
 class Raster:
-    """The raster on which a mask is wanted: its size, and that of level 0 of the slide."""
+    """The raster on which a mask is wanted; scale is level-0 pixels for each of its pixels."""
 
     height: int
     width: int
-    full_height: int
-    full_width: int
+    scale: float
 
-    def places(self, top: int, height: int, left: int, width: int, size: tuple[int, int]) -> list[np.ndarray]:
-        """Rows and columns of a mask of `size` (height, width) under the centres of the pixels of a window."""
-        axes = ((top, height, self.height, size[0]), (left, width, self.width, size[1]))
-        return [_under(np.arange(first, first + count), length, other) for first, count, length, other in axes]
-
-
-def _under(pixels: np.ndarray, length: int, other: int) -> np.ndarray:
-    """Which of `other` pixels lies under the centre of each pixel of `length` that cover the same side."""
-    return np.minimum((2 * pixels + 1) * other // (2 * length), other - 1)
+    def places(self, top: int, height: int, left: int, width: int, mask: "Raster") -> tuple[np.ndarray, np.ndarray]:
+        """Rows and columns of a mask that lie under the centres of the pixels of a window."""
+        ratio = self.scale / mask.scale
+        rows, columns = np.arange(top, top + height), np.arange(left, left + width)
+        if ratio != 1:
+            rows, columns = (np.floor((places + 0.5) * ratio).astype(np.int64) for places in (rows, columns))
+        return np.minimum(rows, mask.height - 1), np.minimum(columns, mask.width - 1)
 
 
 class MaskSource(Protocol):
@@ -79,7 +76,7 @@ def open_mask(path: Path, pair: Pair, slide: Slide, raster: Raster) -> MaskSourc
     if path.suffix.lower() in SHAPE_SUFFIXES:
         return ShapeMask(path, slide, raster)
     if path.suffix.lower() == RUN_SUFFIX:
-        return RunMask(path, pair.name, raster)
+        return RunMask(path, pair.name, slide, raster)
     return RasterMask(path, slide, raster)
 
 
@@ -96,8 +93,7 @@ class ShapeMask:
         found = {shape.name for shape in shapes}
         self.names: list[str | None] | None = sorted(found, key=lambda name: (name is not None, name or ""))
         self._values = {name: number for number, name in enumerate(self.names, 1)}
-        # The raster's pixels are not always `scale` wide in both directions: its last row and column are cut.
-        self._index = ShapeIndex(_scaled(shapes, raster))
+        self._index = ShapeIndex(shapes, raster.scale)
 
     def read(self, top: int, left: int, height: int, width: int) -> np.ndarray:
         """See MaskSource."""
@@ -107,20 +103,13 @@ class ShapeMask:
         """Nothing is open."""
 
 
-def _scaled(shapes: list[Shape], raster: Raster) -> list[Shape]:
-    factor = np.array([raster.width / raster.full_width, raster.height / raster.full_height])
-    if (factor == 1).all():
-        return shapes
-    return [Shape(shape.name, tuple(ring * factor for ring in shape.rings), shape.feature) for shape in shapes]
-
-
 class RunMask:
     """The rows of one image in a table of run lengths of level 0; a later class lies over an earlier one."""
 
     findings: list[str]
 
-    def __init__(self, path: Path, name: str, raster: Raster) -> None:
-        self.findings, self._raster = [], raster
+    def __init__(self, path: Path, name: str, slide: Slide, raster: Raster) -> None:
+        self.findings, self._raster, self._full = [], raster, Raster(slide.height, slide.width, 1.0)
         texts: dict[str | None, str] = {}
         for other, kind, runs in read_runs(path):
             if other != name:
@@ -131,15 +120,13 @@ class RunMask:
             texts[kind] = runs
         self.names: list[str | None] | None = list(texts)
         try:
-            size = raster.full_height, raster.full_width
-            self._parts = [RleRaster(runs, *size) for runs in texts.values()]
+            self._parts = [RleRaster(runs, slide.height, slide.width) for runs in texts.values()]
         except ValueError as error:
             raise ImageError(f"{path}, row {name!r}: {error}") from error
 
     def read(self, top: int, left: int, height: int, width: int) -> np.ndarray:
         """See MaskSource."""
-        size = self._raster.full_height, self._raster.full_width
-        rows, columns = self._raster.places(top, height, left, width, size)
+        rows, columns = self._raster.places(top, height, left, width, self._full)
         values = np.zeros((height, width), np.uint8)
         for number, part in enumerate(self._parts, 1):
             values[read_places(part.read, rows, columns)] = number
@@ -160,21 +147,23 @@ class RasterMask:
         self._slide: Slide | None = None
         self._divisor, is_palette = _tiff_form(path)
         if is_palette:
-            values = read_mask(path)
-            self.size, self._read = values.shape, _window_reader(values)
+            whole = read_mask(path)
+            (height, width), self._read = whole.shape, _window_reader(whole)
         else:
             self._slide = open_slide(path)
             self._grid = self._slide.grid()
             self._grid.keep(KEPT_BYTES)
-            self.size, self._read = (self._grid.height, self._grid.width), self._read_grid
-        fits = [(level.height, level.width) for level in slide.levels] + [(raster.height, raster.width)]
-        if self.size not in fits:
+            height, width, self._read = self._grid.height, self._grid.width, self._read_grid
+        fits = [raster, *(Raster(level.height, level.width, level.scale) for level in slide.levels)]
+        found = [each for each in fits if (each.height, each.width) == (height, width)]
+        if not found:
             self.close()
-            known = ", ".join(dict.fromkeys(f"{height}x{width}" for height, width in fits))
+            known = ", ".join(dict.fromkeys(f"{each.height}x{each.width}" for each in fits[1:] + fits[:1]))
             raise ImageError(
-                f"{path} is {self.size[0]}x{self.size[1]}, its slide {slide.path} has the sizes {known}; expected one "
-                "of these: save the mask at the size of level 0"
+                f"{path} is {height}x{width}, its slide {slide.path} has the sizes {known}; expected one of these: "
+                "save the mask at the size of level 0"
             )
+        self._own = found[0]
 
     def _read_grid(self, top: int, left: int, height: int, width: int) -> np.ndarray:
         pixels = self._grid.read(top, left, height, width)
@@ -185,13 +174,14 @@ class RasterMask:
             raise ImageError(f"{self.path} has {pixels.shape[2]} channels that differ; expected one: save it as grey")
         if values.dtype.kind == "f":
             if not ((values >= 0) & (values == np.rint(values))).all():
-                raise ImageError(f"{self.path} holds {values.min():g} to {values.max():g}; expected whole labels from 0")
+                found = f"{values.min():g} to {values.max():g}"
+                raise ImageError(f"{self.path} holds {found}; expected whole labels from 0")
             return values.astype(np.uint32)
         return values // values.dtype.type(self._divisor) if self._divisor > 1 else values
 
     def read(self, top: int, left: int, height: int, width: int) -> np.ndarray:
         """See MaskSource."""
-        rows, columns = self._raster.places(top, height, left, width, self.size)
+        rows, columns = self._raster.places(top, height, left, width, self._own)
         return read_places(self._read, rows, columns)
 
     def close(self) -> None:

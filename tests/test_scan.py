@@ -13,6 +13,7 @@ from discs import write_dataset
 from PIL import Image
 
 import cli
+import facts
 import image_io
 import normalisation
 import scan
@@ -311,7 +312,7 @@ def test_balanced_weights():
 def test_maps_of_very_many_objects_keep_their_largest_label():
     values = np.arange(10_000, dtype=np.uint32).reshape(100, 100)
     counted = scan.count_labels(values)
-    assert len(counted) == scan.MANY_LABELS and counted[-1] == [9999, 10_000 - 4095] and counted[0] == [0, 1]
+    assert len(counted) == facts.MANY_LABELS and counted[-1] == [9999, 10_000 - 4095] and counted[0] == [0, 1]
     assert scan.count_labels(np.zeros(0, np.uint8)) == []
 
 
