@@ -1,7 +1,7 @@
 """Pictures for people: masks over images, panels that compare a prediction with the truth, learning curves.
 
-Pixels are drawn by OpenCV and Pillow, curves by matplotlib without a window. Colours are those of Okabe and Ito and of
-Paul Tol, which colour-blind people tell apart.
+Pixels are drawn by OpenCV and Pillow, curves by matplotlib, which is imported when it is needed, without a window.
+Colours are those of Okabe and Ito and of Paul Tol, which colour-blind people tell apart.
 """
 
 import colorsys
@@ -14,11 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
 from image_io import IGNORE_INDEX, atomic_write
@@ -152,6 +148,8 @@ def _paint_difference(shown: np.ndarray, mask: np.ndarray, pred: np.ndarray, bin
 
 def _paint_probability(probs: np.ndarray) -> np.ndarray:
     """Probability of the object, or of the likeliest class: black 0, yellow 1. (K, H, W) -> (H, W, 3) uint8."""
+    import matplotlib
+
     level = np.nan_to_num(probs[-1] if len(probs) <= 2 else probs.max(axis=0))
     table = (matplotlib.colormaps["cividis"](np.linspace(0, 1, 256))[:, :3] * 255).astype(np.uint8)
     return table[(np.clip(level, 0, 1) * 255).astype(np.uint8)]
@@ -238,6 +236,8 @@ def _legend(
 
 @lru_cache(maxsize=8)
 def _font(size: int) -> ImageFont.FreeTypeFont:
+    import matplotlib
+
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
 
 
@@ -336,6 +336,10 @@ def _best_epoch(history: Sequence[dict[str, Any]]) -> int:
 
 def _draw_curves(lines: dict[str, list[tuple[int, float]]], label: str, best: int, path: Path) -> Path:
     """Draw named curves over epochs into a PNG; the best epoch is marked on each."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     figure = Figure(figsize=(8, 4.5), dpi=110)
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_axes((0.1, 0.11, 0.87, 0.81))

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from checkpoint import ModelConfig
     from pairing import Pair
     from predictor import Picture, Plan, ReadOptions, TileOptions
-    from results import Frame, ResultOptions
+    from results import Frame, ResultOptions, Results
 
 KINDS = ("mask", "prob", "overlay", "labels", "geojson", "rle")
 
@@ -132,7 +132,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 class Setup:
     """What is the same for all images of a run.
 
-    digest: of the checkpoints' content and of every flag that changes a result.
+    digest: of the checkpoints' content and of every flag that changes a result. engine: what runs the networks; bits
+    differ between engines, so a slide that one began is not finished by another.
     """
 
     configs: list["ModelConfig"]
@@ -142,6 +143,7 @@ class Setup:
     results: "ResultOptions"
     full_size: bool
     digest: str
+    engine: str
 
 
 def run(args: argparse.Namespace) -> list[str]:
@@ -152,19 +154,19 @@ def run(args: argparse.Namespace) -> list[str]:
     paths = find_checkpoints(args)
     configs = [load_config(path) for path in paths]
     check_ensemble(paths, configs)
-    pairs = find_pairs(args, configs[0])
+    pairs, failures = find_pairs(args, configs[0])
     setup = build_setup(args, paths, configs, pairs, device)
     if args.dry_run:
-        return estimate(setup, pairs)
+        return failures + estimate(setup, pairs)
     done = finished_before(setup, pairs, overwrite=args.overwrite)
     for name in sorted(done):
         print(f"{name}: already done")
     write_description(setup)
-    failures = predict_all(setup, [pair for pair in pairs if pair.name not in done], args)
+    failures += predict_all(setup, [pair for pair in pairs if pair.name not in done], args)
     if "rle" in args.save:
-        from results import merge_run_lengths
+        from result_record import merge_run_lengths
 
-        merge_run_lengths(setup.results.folder, [pair.name for pair in pairs])
+        merge_run_lengths(setup.results.folder)
     print(f"results in {setup.results.folder}")
     return failures
 
@@ -196,17 +198,18 @@ def check_ensemble(paths: Sequence[Path], configs: Sequence["ModelConfig"]) -> N
                 )
 
 
-def find_pairs(args: argparse.Namespace, config: "ModelConfig") -> list["Pair"]:
-    """The images of the flags, with their extra channels; names are those of the results.
+def find_pairs(args: argparse.Namespace, config: "ModelConfig") -> tuple[list["Pair"], list[str]]:
+    """The images of the flags, with their extra channels, and what is missing; names are those of the results.
 
     Raises:
         cli.UsageError: no image, two of one name, or extra channels without -d.
     """
-    from pairing import FileOptions, Pair
-    from predictor import list_pictures, result_name
+    from pairing import Pair
+    from predictor import list_pictures, pair_channels, result_name
 
+    failures: list[str] = []
     if args.dataset_dir:
-        pairs = FileOptions(add_dirs=config.add_dirs).listing(args.dataset_dir).pairs
+        pairs, failures = pair_channels(args.dataset_dir, config.add_dirs)
     elif config.add_dirs:
         folders = " ".join(config.add_dirs)
         raise cli.UsageError(f"the network also takes the channels {folders}: give -d DIR with images/ and {folders}")
@@ -214,7 +217,8 @@ def find_pairs(args: argparse.Namespace, config: "ModelConfig") -> list["Pair"]:
         words = args.img_path or args.data_dir
         pairs = [Pair(result_name(path), path) for path in list_pictures(words)]
     if not pairs:
-        raise cli.UsageError(f"no images in {args.dataset_dir or ' '.join(args.img_path or args.data_dir)}")
+        listed = "\n".join(f"  - {message}" for message in failures)
+        raise cli.UsageError(f"{args.dataset_dir} holds no image with all its channels\n{listed}".rstrip())
     names: dict[str, Path] = {}
     for pair in pairs:
         if pair.name in names:
@@ -223,7 +227,7 @@ def find_pairs(args: argparse.Namespace, config: "ModelConfig") -> list["Pair"]:
                 "rename one, or predict them into two folders"
             )
         names[pair.name] = pair.image
-    return pairs
+    return pairs, failures
 
 
 def build_setup(
@@ -235,20 +239,23 @@ def build_setup(
     from results import ResultOptions
 
     config = configs[0]
-    threshold = cli.pick_threshold(args.thres, config.thresholds)
-    if config.num_logits > 1 and threshold != 0.5:
-        raise cli.UsageError(f"-t {threshold:g} is for one class; of several the likeliest wins, without a threshold")
+    threshold = cli.pick_threshold(args.thres, config.thresholds, config.num_logits)
     if args.reduce and args.reduce < 1:
         raise cli.UsageError(f"--reduce {args.reduce:g} would enlarge the image; expected 1 or more")
     if config.geometry.kind == "resize" and (args.tissue or args.tta != "none"):
         raise cli.UsageError("--tissue and --tta are for networks trained on crops; this one sees whole images resized")
-    tiles = tile_options(args, config)
-    work = megapixels(pairs) * len(paths)
-    forwards = []
+    tiles = tile_options(args, configs)
+    backend, work = args.backend, 0.0
+    if backend != "torch" and args.dry_run:  # an export is a file: it is used when it exists, and not made
+        backend = "auto"
+    elif backend == "auto" and device == "cpu":
+        work = megapixels(pairs) * len(paths)
+    forwards, engine = [], []
     for path in paths:
-        _, forward, note = load_forward(path, device, backend=args.backend, megapixels=work)
+        each, forward, note = load_forward(path, device, backend=backend, megapixels=work or None)
         forwards.append(forward)
-        print(f"checkpoint {path}: {config.architecture} {config.encoder}, {config.geometry.kind}; {note}")
+        engine.append(note.split(",")[0])
+        print(f"checkpoint {path}: {each.architecture} {each.encoder}, {each.geometry.kind}; {note}")
     folder = args.output_dir or default_output(paths[0], pairs, threshold)
     read = ReadOptions(args.reduce, args.level, args.mpp, args.max_decoded_gb, args.fill)
     results = ResultOptions(folder, args.save, args.format, threshold, cli.filters(args), args.decimal, args.geo)
@@ -262,26 +269,37 @@ def build_setup(
         results,
         args.full_size,
         hashlib.sha256(json.dumps([content, choices], default=str).encode()).hexdigest(),
+        " ".join(engine),
     )
 
 
-def tile_options(args: argparse.Namespace, config: "ModelConfig") -> "TileOptions":
-    """How images are cut: the checkpoint's way, and what the flags change about it, said aloud."""
-    from predictor import TileOptions
+def tile_options(args: argparse.Namespace, configs: Sequence["ModelConfig"]) -> "TileOptions":
+    """How images are cut: the checkpoint's way, and what the flags change about it, said aloud.
 
-    geometry = config.geometry
-    batch = args.batch or config.batch
+    Raises:
+        cli.UsageError: tile, overlap and halo do not go together.
+    """
+    from predictor import TileOptions, common_sides
+    from tiling import plan_axis, round_up
+
+    geometry = configs[0].geometry
+    batch = args.batch or min(config.batch for config in configs)
     if geometry.kind == "resize":
         if args.tile_size or args.overlap is not None or args.halo is not None:
             print(f"warning: the network sees whole images resized to {geometry.size}: tile flags have no effect")
         return TileOptions(max(geometry.size), 0, 0, batch=batch)
-    side = -(-max(args.tile_size or geometry.tile, config.min_side) // config.stride) * config.stride
+    stride, min_side = common_sides(configs)
+    side = round_up(max(args.tile_size or geometry.tile, min_side), stride)
     given = args.overlap
     changed = side != geometry.tile
     overlap = side // 4 if changed else geometry.overlap
     if given is not None:
         overlap = round(given * side) if given < 1 else int(given)
     halo = args.halo if args.halo is not None else min(side // 16 if changed else geometry.halo, overlap // 2)
+    try:
+        plan_axis(side, tile=side, overlap=overlap, halo=halo, stride=stride, min_side=min_side, window=args.blend)
+    except ValueError as error:
+        raise cli.UsageError(f"--tile-size, --overlap and --halo do not go together: {error}") from error
     if changed:
         print(f"warning: the tile was {geometry.tile} in the evaluation of training, now {side}")
     return TileOptions(side, overlap, halo, args.blend, args.tta, batch, args.tissue or "")
@@ -316,7 +334,7 @@ def write_description(setup: Setup) -> None:
     """What the results mean, for dataset_utils.rethreshold and for people."""
     from checkpoint import config_to_dict
     from image_io import write_text
-    from results import DESCRIPTION
+    from result_record import DESCRIPTION
 
     content = {"config": config_to_dict(setup.configs[0]), "threshold": setup.results.threshold}
     write_text(setup.results.folder / DESCRIPTION, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
@@ -337,26 +355,14 @@ def finished_before(setup: Setup, pairs: Sequence["Pair"], *, overwrite: bool) -
     Raises:
         cli.UsageError: results of other flags, or of something else, are in the way.
     """
-    from results import RECORD, existing_files, read_record
+    from result_record import find_done
+    from results import working_folder
 
     folder = setup.results.folder
-    record = read_record(folder / RECORD)
-    done, others = set(), []
-    for pair in pairs:
-        found = existing_files(folder, pair.name, setup.results.kinds)
-        row = record.get(pair.name)
-        if row and pair.image.is_file() and row["digest"] == picture_digest(setup, pair):
-            if row["damage"]:  # it is tried again, and what it left is its own
-                continue
-            if all((folder / name).is_file() for name in row["files"]):
-                done.add(pair.name)
-                continue
-        others += found
-    if others and not overwrite:
-        raise cli.UsageError(
-            f"{len(others)} results of other flags or files are in the way, first: {others[0]}; "
-            "replace them with --overwrite, or give another folder with -o"
-        )
+    digests = {pair.name: picture_digest(setup, pair) if pair.image.is_file() else None for pair in pairs}
+    done = find_done(folder, digests, setup.results.kinds, overwrite=overwrite)
+    for name in done:  # of a run that was killed between its last two steps
+        shutil.rmtree(working_folder(folder, name), ignore_errors=True)
     return done
 
 
@@ -366,16 +372,16 @@ def finished_before(setup: Setup, pairs: Sequence["Pair"], *, overwrite: bool) -
 
 def predict_all(setup: Setup, pairs: Sequence["Pair"], args: argparse.Namespace) -> list[str]:
     """Predict image after image; what fails is collected, except a full disk, which ends the run."""
-    import errno
+    from spool import FULL
 
     failures: list[str] = []
-    with open_writer(args, setup.results.folder) as writer:
+    with open_writer(args, setup.results.folder, pairs) as writer:
         for number, pair in enumerate(pairs):
             try:
                 failures += predict_one(setup, pair, writer if number < args.thumbnails else None)
             except (OSError, ValueError, RuntimeError) as error:
-                if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                    raise
+                if isinstance(error, OSError) and error.errno in FULL:
+                    raise disk_full(error) from error
                 text = cli.plain_message(error)
                 failures.append(text if str(pair.image) in text else f"{pair.image}: {text}")
                 print(f"{pair.name}: failed")
@@ -384,10 +390,18 @@ def predict_all(setup: Setup, pairs: Sequence["Pair"], args: argparse.Namespace)
     return failures
 
 
+def disk_full(error: OSError) -> OSError:
+    """The same error, and what to do about it."""
+    text = str(error.strerror or error)
+    if "make room" not in text:
+        text += "; what was finished before is kept: make room, then run the same command again"
+    return OSError(error.errno, text, error.filename)
+
+
 @contextmanager
-def open_writer(args: argparse.Namespace, folder: Path) -> Iterator[Any]:
-    """TensorBoard's writer, or None with --thumbnails 0."""
-    if not args.thumbnails:
+def open_writer(args: argparse.Namespace, folder: Path, pairs: Sequence["Pair"]) -> Iterator[Any]:
+    """TensorBoard's writer, or None with --thumbnails 0 and when there is nothing to do."""
+    if not (args.thumbnails and pairs):
         yield None
         return
     from torch.utils.tensorboard import SummaryWriter
@@ -398,10 +412,12 @@ def open_writer(args: argparse.Namespace, folder: Path) -> Iterator[Any]:
 
 def predict_one(setup: Setup, pair: "Pair", writer: Any) -> list[str]:
     """Predict one image and write its results; return what could not be decoded."""
-    from predictor import Picture, plan_picture, predict_picture
-    from results import RECORD, Results, add_to_record
+    from predictor import Picture, plan_picture
+    from result_record import begin_record, end_record
+    from results import Results
 
     digest, begin = picture_digest(setup, pair), time.perf_counter()
+    folder, kinds = setup.results.folder, setup.results.kinds
     with Picture(pair, setup.configs, setup.read) as picture:
         for note in picture.notes:
             print(f"warning: {pair.name}: {note}")
@@ -411,29 +427,36 @@ def predict_one(setup: Setup, pair: "Pair", writer: Any) -> list[str]:
             print(f"{pair.name}: tissue on {plan.tissue.share:.1%} of the slide, {skipped:.1%} of the tiles skipped")
         frame = frame_of(pair.name, picture, plan)
         check_disk(frame, setup)
-        with Results(frame, setup.configs[0], setup.results, digest) as results:
-            if results.first_row:
-                print(f"{pair.name}: going on at row {results.first_row} of {frame.height}")
-            with progress(pair.name, picture, results.first_row * picture.height // frame.height) as count:
-                bands = predict_picture(
-                    picture, setup.forward, plan, setup.tiles, first_row=results.first_row, count=count
-                )
-                if results.first_row < frame.height:
-                    for _, probs in bands:
-                        results.add(probs)
+        with Results(frame, setup.configs[0], setup.results, f"{digest} {setup.engine}") as results:
+            begin_record(folder, pair.name, digest, kinds)
+            megapixel = fill_rows(setup, picture, plan, results)
             summary = results.finish(lambda step: thumbnail(picture, frame, step), with_picture=writer is not None)
-        damage = picture.damage
-        megapixel = picture.height * picture.width / 1e6
+            damage = results.damage
+            end_record(folder, pair.name, digest, kinds, summary.files, damage=damage, scale=frame.scale, mpp=frame.mpp)
+            results.remove()
     seconds = time.perf_counter() - begin
     print(f"{pair.name}: {summary.text()}; {megapixel:.1f} MP in {seconds:.1f} s, {megapixel / seconds:.2f} MP/s")
     if writer is not None and summary.picture is not None:
         from run_folder import shrink_panel
 
         writer.add_image(f"predict/{pair.name}", shrink_panel(summary.picture), dataformats="HWC")
-    files = [path.relative_to(setup.results.folder).as_posix() for path in summary.files]
-    row = {"name": pair.name, "digest": digest, "files": files, "scale": frame.scale, "damage": damage}
-    add_to_record(setup.results.folder / RECORD, row)
     return damage
+
+
+def fill_rows(setup: Setup, picture: "Picture", plan: "Plan", results: "Results") -> float:
+    """Run the network over the rows that are missing; return their megapixels of the grid."""
+    from predictor import predict_picture
+
+    name, height, first = results.frame.name, results.frame.height, results.first_row
+    if first:
+        print(f"{name}: going on at row {first} of {height}")
+    if first < height:
+        with progress(name, picture, first * picture.height // height) as count:
+            for _, probs in predict_picture(picture, setup.forward, plan, setup.tiles, first_row=first, count=count):
+                results.note_damage(picture.damage)  # before the rows count, for they are not read again
+                results.add(probs)
+    results.note_damage(picture.damage)
+    return picture.height * picture.width / 1e6 * (1 - first / height)
 
 
 def frame_of(name: str, picture: "Picture", plan: "Plan") -> "Frame":
@@ -486,23 +509,23 @@ def check_disk(frame: "Frame", setup: Setup) -> None:
     """
     import errno
 
-    from results import disk_needed
+    from results import disk_needed, working_folder
 
     folder = setup.results.folder
     folder.mkdir(parents=True, exist_ok=True)
     needed, free = disk_needed(frame, setup.configs[0], setup.results)[0], shutil.disk_usage(folder).free
+    needed -= sum(path.stat().st_size for path in working_folder(folder, frame.name).glob("*/*"))
     if needed > free:
         raise OSError(
             errno.ENOSPC,
-            f"about {needed / 1e9:.1f} GB are needed for {frame.name}, {free / 1e9:.1f} GB are free; make room, save "
-            "less (--save), or give a folder on another disk (-o)",
+            f"about {needed / 1e6:,.1f} MB are needed for {frame.name}, {free / 1e6:,.1f} MB are free; make room, "
+            "save less (--save), or give a folder on another disk (-o)",
             str(folder),
         )
 
 
 def estimate(setup: Setup, pairs: Sequence["Pair"]) -> list[str]:
     """Print windows, memory, disk and expected time of every image, and predict nothing."""
-    from image_headers import ImageError
     from predictor import Picture, memory_needed, plan_picture
     from results import disk_needed
 
@@ -514,10 +537,10 @@ def estimate(setup: Setup, pairs: Sequence["Pair"]) -> list[str]:
                 plan = plan_picture(picture, setup.tiles, full_size=setup.full_size)
                 frame = frame_of(pair.name, picture, plan)
                 memory = memory_needed(picture, plan, setup.tiles)
-        except (OSError, ImageError) as error:
+                likely, most = disk_needed(frame, setup.configs[0], setup.results)
+        except (OSError, ValueError, RuntimeError) as error:
             failures.append(str(error))
             continue
-        likely, most = disk_needed(frame, setup.configs[0], setup.results)
         windows = 1 if setup.configs[0].geometry.kind == "resize" else plan.tiles
         total += windows * seconds
         print(

@@ -7,6 +7,7 @@ the resize geometry, and preprocessing that looks at all pixels.
 
 import glob
 import math
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import numpy as np
 from backends import Forward
 from checkpoint import Geometry, ModelConfig
 from dataset import both_hold, load_image
-from image_io import IMAGE_SUFFIXES, ImageError, normalise, resize_image
+from image_io import IMAGE_SUFFIXES, ImageError, list_images, normalise, resize_image
 from outputs import clear_outside
 from pairing import Pair
 from slide_io import Slide, open_slide
@@ -52,6 +53,30 @@ def list_pictures(words: Sequence[str]) -> list[Path]:
             raise FileNotFoundError(f"{what} no image or slide; expected files such as *.png, *.tif or *.svs")
         found += sorted((item for item in inside if item.is_file()), key=lambda item: item.name)
     return list(dict.fromkeys(found))
+
+
+def pair_channels(folder: Path, add_dirs: Sequence[str]) -> tuple[list[Pair], list[str]]:
+    """The images of a folder with images/ and one folder for each extra channel; masks are not looked at.
+
+    Returns:
+        The images that have all their channels, and what is missing of the others.
+
+    Raises:
+        FileNotFoundError: a folder is missing or images/ is empty.
+    """
+    if not (folder / "images").is_dir():
+        raise FileNotFoundError(f"no folder {folder / 'images'}; expected images in it, or give a folder with -dir")
+    beside = [list_images(folder / name) for name in add_dirs]
+    pairs, missing = [], []
+    for path in list_pictures([str(folder / "images")]):
+        name = result_name(path)
+        stem = unicodedata.normalize("NFC", name)
+        lacking = [str(folder / name) for name, found in zip(add_dirs, beside, strict=True) if stem not in found]
+        if lacking:
+            missing.append(f"{path} has no partner in {' and '.join(lacking)}; expected a file of the same stem there")
+        else:
+            pairs.append(Pair(name, path, extras=tuple(found[stem] for found in beside)))
+    return pairs, missing
 
 
 def result_name(path: Path) -> str:
@@ -153,11 +178,15 @@ class Picture:
                 )
             image, valid = load_image(self.pair, config.channels, config.preprocess)
             return [Whole(image, valid)]
+        if self.slide.dtype.name != config.dtype:
+            self.notes.append(f"its pixels are {self.slide.dtype}, the network was trained on {config.dtype}")
         fill = config.mean if options.fill is None else [options.fill] * len(config.channels)
         sources: list[Source] = []
         for number, slide in enumerate(slides):
             base = len(config.channels) - len(slides) + 1
             own = fill[:base] if number == 0 else fill[base + number - 1 : base + number]
+            if options.fill is None and slide.dtype.kind == "u":  # the mean of other pixels may not fit these
+                own = np.clip(own, 0, np.iinfo(slide.dtype).max).tolist()
             expected = base if number == 0 else 1
             if slide.channels != expected and (number == 0 or slide.channels < 3):
                 raise ImageError(
@@ -266,17 +295,23 @@ class Plan:
         return len(self.rows.origins) * len(self.cols.origins) if self.keep is None else int(self.keep.sum())
 
 
+def common_sides(configs: Sequence[ModelConfig]) -> tuple[int, int]:
+    """Stride and smallest side that suit all networks of an ensemble."""
+    stride = math.lcm(*(config.stride for config in configs))
+    return stride, max(config.min_side for config in configs)
+
+
 def plan_picture(picture: Picture, options: TileOptions, *, full_size: bool = False) -> Plan:
     """Lay the tiles over a picture, and look for tissue where that is asked for."""
-    config = picture.configs[0]
+    stride, min_side = common_sides(picture.configs)
     rows, cols = (
         plan_axis(
             size,
             tile=options.tile,
             overlap=options.overlap,
             halo=options.halo,
-            stride=config.stride,
-            min_side=config.min_side,
+            stride=stride,
+            min_side=min_side,
             window=options.window,
         )
         for size in (picture.height, picture.width)
@@ -316,7 +351,7 @@ def predict_picture(
         bands = enlarge_bands(
             bands, (picture.height, picture.width), (plan.height, plan.width), picture.scale, first_row
         )
-    if config.geometry.kind == "resize":
+    if config.geometry.kind == "resize" or plan.tiles <= options.batch:  # nothing to do beside the only batch
         return bands
     return run_ahead(bands, 1)
 
@@ -339,7 +374,7 @@ def _native_bands(
         keep=plan.keep,
         channels=config.num_logits,
         first_row=first_row,
-        ahead=2,
+        ahead=2 if plan.tiles > options.batch else 0,
     )
     for top, band in bands:
         yield top, band.copy()

@@ -5,11 +5,10 @@ not grow with height; pictures that fit a PNG stay in memory. Objects are found 
 """
 
 import json
-import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,22 +18,20 @@ import numpy as np
 
 from checkpoint import ModelConfig
 from geojson import GeoJsonWriter
-from image_io import ImageError, atomic_write, write_image, write_mask
+from image_io import ImageError, atomic_write, write_image, write_mask, write_text
 from outputs import decide, format_csv, label_values
 from plots import class_colours, overlay
 from polygons import trace_bands
-from postprocess import Filters, filter_bands
-from regions import Bands, Objects, find_objects, label_bands, object_table
+from postprocess import Filters, filter_bands, filter_objects
+from regions import Bands, Objects, label_bands, object_table
+from result_record import OBJECT_KINDS, RASTERS
 from rle import RleEncoder
 from slide_io import Georeference
 from slide_writer import Job, Layer, open_job, required_disk
 
 KINDS = ("mask", "prob", "overlay", "labels", "geojson", "rle")
-RASTERS = {"mask": "masks", "prob": "raw", "labels": "labels"}  # kind -> folder
-OBJECT_KINDS = {"labels", "geojson"}
 FORMATS = ("auto", "png", "tiff", "ome", "flat")
 PNG_PIXELS = 50_000_000  # larger results are TIFF unless PNG was asked for
-RECORD, DESCRIPTION = "predict.jsonl", "predict.json"  # what was done to each picture; what the classes are
 OVERLAY_SIDE, PICTURE_SIDE = 4096, 1024  # longest side of saved overlays, and of those in TensorBoard
 
 
@@ -129,9 +126,11 @@ class Results:
     def __init__(self, frame: Frame, config: ModelConfig, options: ResultOptions, digest: str) -> None:
         self.frame, self.config, self.options, self.digest = frame, config, options, digest
         self.form = choose_form(frame, options)
+        check_geo(frame, options)
         self.values = label_values(np.arange(len(config.class_names), dtype=np.uint8), config)
         self.stores: list[Job | MemoryStore] = []
         self.store = self._open_store("predicted", first_layers(frame, config, options))
+        self.damage = self._damage_before()  # what could not be decoded
 
     def __enter__(self) -> "Results":
         return self
@@ -148,7 +147,7 @@ class Results:
     @property
     def folder(self) -> Path:
         """The hidden working folder of this picture."""
-        return self.options.folder / f".{self.frame.name}.partial"
+        return working_folder(self.options.folder, self.frame.name)
 
     def _open_store(self, name: str, layers: Sequence[Layer]) -> Job | MemoryStore:
         memory = self.form == "png"
@@ -177,15 +176,44 @@ class Results:
                 summary.files.append(self._write(holder[kind], kind, folder))
         if picture_of and "overlay" in kinds:
             path = self.options.folder / "overlays" / f"{self.frame.name}.png"
-            write_image(path, self._overlay(holder["mask"], picture_of, OVERLAY_SIDE))
+            with self._placed(path) as waiting:
+                write_image(waiting, self._overlay(holder["mask"], picture_of, OVERLAY_SIDE))
             summary.files.append(path)
         if picture_of and with_picture:
             summary.picture = self._overlay(holder["mask"], picture_of, PICTURE_SIDE)
+        return summary
+
+    def remove(self) -> None:
+        """Delete the working folder; when the files are there and noted down."""
         for store in self.stores:
             store.remove()
-        if self.folder.is_dir() and not any(self.folder.iterdir()):
-            self.folder.rmdir()
-        return summary
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def note_damage(self, messages: Sequence[str]) -> None:
+        """Keep what could not be decoded until now, for a run that goes on below it would not meet it again."""
+        if set(messages) <= set(self.damage):
+            return
+        self.damage = [*dict.fromkeys([*self.damage, *messages])]
+        if self.form != "png":
+            write_text(self.folder / "damage.json", json.dumps([self.digest, self.damage], ensure_ascii=False))
+
+    def _damage_before(self) -> list[str]:
+        """What an earlier run noted about the rows that this one does not read again."""
+        path = self.folder / "damage.json"
+        if not self.first_row or not path.is_file():
+            return []
+        digest, messages = json.loads(path.read_text(encoding="utf-8"))
+        return messages if digest == self.digest else []
+
+    @contextmanager
+    def _placed(self, path: Path) -> Iterator[Path]:
+        """Where to write a file that then moves to `path`; what a kill leaves behind is in the working folder."""
+        if self.form == "png":
+            yield path
+            return
+        yield self.folder / path.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (self.folder / path.name).replace(path)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Everything that needs whole objects: filters, label maps, polygons, run lengths
@@ -207,12 +235,16 @@ class Results:
         if self.form != "png" and layers:
             shutil.rmtree(self.folder / "final", ignore_errors=True)  # half of a pass that was killed is not used
         last = self._open_store("final", layers) if layers else self.store
-        bands: Bands = filter_bands(self.class_bands, filters) if filters != Filters() else self.class_bands
-        objects = find_objects(bands) if kinds & OBJECT_KINDS else None
+        bands: Bands = self.class_bands
+        objects: Objects | None = None
+        if kinds & OBJECT_KINDS:
+            bands, objects = filter_objects(bands, filters)
+        else:
+            bands = filter_bands(bands, filters)
         counts = np.zeros(len(self.values), np.int64)
         numbered = label_bands(bands, objects) if objects is not None else bands()
         with ExitStack() as stack:
-            runs = self._open_runs(stack) if "rle" in kinds else None
+            runs = stack.enter_context(self._run_lengths(summary)) if "rle" in kinds else None
 
             def passing() -> Iterator[tuple[int, np.ndarray]]:
                 """Hand on the bands, and give every writer its part of them."""
@@ -231,8 +263,6 @@ class Results:
                 self._write_polygons(passing(), objects, summary)
             else:
                 deque(passing(), maxlen=0)
-            if runs:
-                summary.files.append(runs.finish())
         names = self.config.class_names
         shown = range(1 if names[0] == "background" else 0, len(names))
         summary.shares = {names[k]: counts[k] / max(counts.sum(), 1) for k in shown}
@@ -242,27 +272,34 @@ class Results:
             summary.files.append(self._write_table(objects))
         return last
 
-    def _open_runs(self, stack: ExitStack) -> "RunLengthFile":
+    @contextmanager
+    def _run_lengths(self, summary: Summary) -> Iterator["RunLengthFile"]:
+        """Takes the rows, and becomes a file when the block ends well."""
         names = {k: name for k, name in enumerate(self.config.class_names) if k or name != "background"}
         ids = {k: self.frame.name if len(names) == 1 else f"{self.frame.name}_{name}" for k, name in names.items()}
+        runs = RunLengthFile(self.frame.height, self.frame.width, ids)
+        yield runs
         path = self.options.folder / "rle" / f"{self.frame.name}.csv"
-        return stack.enter_context(RunLengthFile(path, self.frame.height, self.frame.width, ids))
+        with self._placed(path) as waiting:
+            runs.write(waiting)
+        summary.files.append(path)
 
     def _write_polygons(self, numbered: Iterable[tuple[int, np.ndarray]], objects: Objects, summary: Summary) -> None:
         """One feature for each object, written when it is complete."""
         path = self.options.folder / "geojson" / f"{self.frame.name}.geojson"
         names, geo = self.config.class_names, self.frame.geo if self.options.geo else None
-        if self.options.geo and geo is None:
-            raise ImageError(f"{self.frame.name} has no map coordinates (GeoTIFF tags); leave --geo out")
         colours = {name: colour for name, colour in zip(names, class_colours(names), strict=True) if colour}
         diameters = objects.equivalent_diameter
-        with GeoJsonWriter(
-            path,
-            scale=self.frame.scale,
-            affine=geo.affine() if geo else None,
-            epsg=geo.epsg() if geo else None,
-            colours=colours,
-        ) as writer:
+        with (
+            self._placed(path) as waiting,
+            GeoJsonWriter(
+                waiting,
+                scale=self.frame.scale,
+                affine=geo.affine() if geo else None,
+                epsg=geo.epsg() if geo else None,
+                colours=colours,
+            ) as writer,
+        ):
             for polygon in trace_bands(numbered):
                 place = polygon.label - 1
                 numbers = {"Area px^2": polygon.area, "Equivalent diameter px": round(float(diameters[place]), 3)}
@@ -274,7 +311,7 @@ class Results:
         path = self.options.folder / "objects" / f"{self.frame.name}.csv"
         mpp = None if self.frame.mpp is None else sum(self.frame.mpp) / 2
         columns, rows = object_table(objects, self.config.class_names, mpp)
-        with atomic_write(path, "w") as file:
+        with self._placed(path) as waiting, atomic_write(waiting, "w") as file:
             for text in csv_lines(columns, rows, self.options.decimal):
                 file.write(text)
         return path
@@ -313,30 +350,23 @@ class Results:
 class RunLengthFile:
     """Rows `id,predicted` of one picture, one for each class that is not the background."""
 
-    def __init__(self, path: Path, height: int, width: int, ids: dict[int, str]) -> None:
-        self.path, self.ids = path, ids
+    def __init__(self, height: int, width: int, ids: dict[int, str]) -> None:
+        self.ids = ids
         self.encoders = {k: RleEncoder(height, width) for k in ids}
-
-    def __enter__(self) -> "RunLengthFile":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.encoders.clear()
 
     def append(self, classes: np.ndarray) -> None:
         """The next rows, class indices (h, W)."""
         for k, encoder in self.encoders.items():
             encoder.append(classes == k)
 
-    def finish(self) -> Path:
-        """Write the file."""
-        with atomic_write(self.path, "w") as file:
+    def write(self, path: Path) -> None:
+        """Write the file; no rows are taken any more."""
+        with atomic_write(path, "w") as file:
             file.write("id,predicted\n")
             for k, encoder in self.encoders.items():
                 file.write(csv_word(self.ids[k]) + ",")
                 file.writelines(encoder.finish())
                 file.write("\n")
-        return self.path
 
 
 def csv_word(text: str) -> str:
@@ -353,6 +383,11 @@ def csv_lines(columns: Sequence[str], rows: Sequence[dict[str, Any]], decimal: s
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Layers and formats
+
+
+def working_folder(folder: Path, name: str) -> Path:
+    """The hidden folder beside the results in which those of one picture are made."""
+    return folder / f".{name}.partial"
 
 
 def choose_form(frame: Frame, options: ResultOptions) -> str:
@@ -375,6 +410,17 @@ def choose_form(frame: Frame, options: ResultOptions) -> str:
 def layer_form(layer: Layer, form: str) -> str:
     """The format of one layer: flat pages hold 8 bits of one band, other layers become OME-TIFF beside them."""
     return "ome" if form == "flat" and (layer.kind != np.uint8 or layer.bands > 1) else form
+
+
+def check_geo(frame: Frame, options: ResultOptions) -> None:
+    """Refuse polygons on a map before the network runs, not after.
+
+    Raises:
+        ImageError: the picture has no map coordinates, or only control points.
+    """
+    if options.geo and "geojson" in options.kinds and (frame.geo is None or frame.geo.affine() is None):
+        found = "has no map coordinates (GeoTIFF tags)" if frame.geo is None else "has control points but no grid"
+        raise ImageError(f"{frame.name} {found}; expected a georeferenced image: leave --geo out")
 
 
 def first_layers(frame: Frame, config: ModelConfig, options: ResultOptions) -> list[Layer]:
@@ -415,18 +461,6 @@ def disk_needed(frame: Frame, config: ModelConfig, options: ResultOptions) -> tu
     return sum(need.expected for need in needs), sum(need.worst for need in needs)
 
 
-def existing_files(folder: Path, name: str, kinds: Sequence[str]) -> list[Path]:
-    """Result files of a picture that are there, of the kinds asked for."""
-    folders = {**RASTERS, "overlay": "overlays", "geojson": "geojson", "rle": "rle"}
-    found = []
-    for kind in kinds:
-        for suffix in (".png", ".tif", ".ome.tif", ".geojson", ".csv"):
-            path = folder / folders[kind] / f"{name}{suffix}"
-            if path.exists():
-                found.append(path)
-    return found
-
-
 def look_up(table: np.ndarray, values: np.ndarray) -> np.ndarray:
     """table[values]; many times faster where both are 8 bit."""
     if table.dtype == np.uint8 and values.dtype == np.uint8:
@@ -443,41 +477,3 @@ def quantise(probs: np.ndarray, kind: np.dtype) -> np.ndarray:
     np.rint(scaled, out=scaled)
     result = scaled.astype(kind)
     return result[0] if len(result) == 1 else result.transpose(1, 2, 0)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What a folder of results says about itself
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """Rows of predict.jsonl by name, the last of each; a line cut short by a kill is left out."""
-    rows = {}
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            rows[row["name"]] = row
-    return rows
-
-
-def add_to_record(path: Path, row: dict[str, Any]) -> None:
-    """Append one line, whole on the disk before the command goes on."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def merge_run_lengths(folder: Path, names: Sequence[str]) -> None:
-    """rle.csv from the rows of every image that has them."""
-    with atomic_write(folder / "rle.csv", "w") as out:
-        out.write("id,predicted\n")
-        for name in names:
-            path = folder / "rle" / f"{name}.csv"
-            if path.is_file():
-                with path.open(encoding="utf-8") as rows:
-                    next(rows)
-                    shutil.copyfileobj(rows, out)

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
-from skimage.filters import threshold_otsu
 
 from image_io import ImageError, resize_mask
 from slide_io import Grid, Slide
@@ -104,4 +103,6 @@ def tissue_mask(pixels: np.ndarray, rule: str, margin: int = MARGIN) -> np.ndarr
 
 
 def _otsu(values: np.ndarray) -> float:
+    from skimage.filters import threshold_otsu  # slow to import, and few runs need it
+
     return float(threshold_otsu(values)) if values.min() < values.max() else float(values.max())

@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from checkpoint import ModelConfig
+    from result_record import Record
     from results import ResultOptions
     from slide_io import Grid
 
@@ -44,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Decide again about every picture in raw/."""
     parser = build_parser()
     args = cli.parse(parser, argv)
-    with cli.plain_errors(parser, interrupted="the same command begins again with the first picture that is not done"):
+    with cli.plain_errors(parser, interrupted="the same command goes on with the first picture that is not done"):
         failures = run(args)
     if failures:
         listed = "\n".join(f"  - {message}" for message in failures)
@@ -54,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(args: argparse.Namespace) -> list[str]:
     """Go through raw/; return what went wrong."""
     from predictor import list_pictures, result_name
-    from results import ResultOptions, existing_files, merge_run_lengths
+    from result_record import find_done, merge_run_lengths
+    from results import ResultOptions
+    from spool import FULL
 
     if args.output_dir.resolve() == args.results.resolve():
         raise cli.UsageError(f"-o {args.output_dir} is the folder of the results themselves; give another one")
@@ -64,31 +68,46 @@ def run(args: argparse.Namespace) -> list[str]:
         )
     paths = list_pictures([str(args.results / "raw")])
     config, rows = read_description(args.results, paths)
-    threshold = cli.pick_threshold(args.thres, config.thresholds)
-    if config.num_logits > 1 and threshold != 0.5:
-        raise cli.UsageError(f"-t {threshold:g} is for one class; of several the likeliest wins, without a threshold")
+    threshold = cli.pick_threshold(args.thres, config.thresholds, config.num_logits)
     options = ResultOptions(
         args.output_dir, args.save, args.format, threshold, cli.filters(args), args.decimal, args.geo
     )
-    names = [result_name(path) for path in paths]
-    others = [file for name in names for file in existing_files(args.output_dir, name, args.save)]
-    if others and not args.overwrite:
-        raise cli.UsageError(
-            f"{len(others)} results are in the way, first: {others[0]}; use --overwrite, or another -o"
-        )
+    pictures = {result_name(path): path for path in paths}
+    digests = {name: picture_digest(path, options, rows.get(name, [])) for name, path in pictures.items()}
+    done = find_done(args.output_dir, digests, args.save, overwrite=args.overwrite)
+    for name in sorted(done):
+        print(f"{name}: already done")
     failures: list[str] = []
-    for name, path in zip(names, paths, strict=True):
+    for name in sorted(pictures.keys() - done):
         try:
-            failures += decide_again(path, name, config, options, rows.get(name, {}))
+            failures += decide_again(pictures[name], name, config, options, digests[name], rows.get(name, []))
         except (OSError, ValueError, RuntimeError) as error:
-            failures.append(f"{path}: {cli.plain_message(error)}")
+            if isinstance(error, OSError) and error.errno in FULL:
+                raise
+            text = cli.plain_message(error)
+            failures.append(text if str(pictures[name]) in text else f"{pictures[name]}: {text}")
+            print(f"{name}: failed")
     if "rle" in args.save:
-        merge_run_lengths(args.output_dir, names)
-    print(f"threshold {threshold:g}, {len(names)} pictures, results in {args.output_dir}")
+        merge_run_lengths(args.output_dir)
+    print(f"threshold {threshold:g}, {len(pictures)} pictures, results in {args.output_dir}")
     return failures
 
 
-def read_description(folder: Path, paths: Sequence[Path]) -> tuple["ModelConfig", dict[str, Any]]:
+def picture_digest(path: Path, options: "ResultOptions", rows: Sequence[dict[str, Any]]) -> str:
+    """Of the file of probabilities and of every flag: the same digest gives the same results."""
+    status = path.stat()
+    choices = [asdict(replace(options, folder=Path())), place_of(rows)]
+    facts = [str(path.resolve()), status.st_size, status.st_mtime_ns, choices]
+    return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
+
+
+def place_of(rows: Sequence[dict[str, Any]]) -> tuple[float, tuple[float, float] | None]:
+    """Level-0 pixels for each pixel of the probabilities and micrometres for each, as predict.py noted them."""
+    row = next((row for row in rows if "prob" in row["kinds"] and row["done"]), {})
+    return row.get("scale", 1.0), row.get("mpp") and tuple(row["mpp"])
+
+
+def read_description(folder: Path, paths: Sequence[Path]) -> tuple["ModelConfig", "Record"]:
     """What the classes are, and what predict.py noted about each picture.
 
     Without predict.json, as beside the files of validate.py, one band of probabilities means one class.
@@ -97,7 +116,7 @@ def read_description(folder: Path, paths: Sequence[Path]) -> tuple["ModelConfig"
         ValueError: several bands, and nothing says what they are.
     """
     from checkpoint import Geometry, ModelConfig, config_from_dict
-    from results import DESCRIPTION, RECORD, read_record
+    from result_record import DESCRIPTION, RECORD, read_record
     from slide_io import open_slide
 
     if (folder / DESCRIPTION).is_file():
@@ -114,25 +133,36 @@ def read_description(folder: Path, paths: Sequence[Path]) -> tuple["ModelConfig"
 
 
 def decide_again(
-    path: Path, name: str, config: "ModelConfig", options: "ResultOptions", row: dict[str, Any]
+    path: Path,
+    name: str,
+    config: "ModelConfig",
+    options: "ResultOptions",
+    digest: str,
+    rows: Sequence[dict[str, Any]],
 ) -> list[str]:
     """Write the results of one picture; return what could not be decoded."""
+    from result_record import begin_record, end_record
     from results import Frame, Results
-    from slide_io import open_slide
+    from slide_io import Georeference, open_slide
 
     with open_slide(path) as slide:
         grid = slide.grid()
         if grid.channels != config.num_logits:
-            raise ValueError(f"it has {grid.channels} bands, the description names {config.num_logits}")
-        frame = Frame(name, slide.height, slide.width, row.get("scale", 1.0), slide.mpp_xy, slide.geo)
-        status = path.stat()
-        facts = [str(path.resolve()), status.st_size, status.st_mtime_ns, repr(options)]
-        with Results(frame, config, options, hashlib.sha256(json.dumps(facts).encode()).hexdigest()) as results:
+            raise ValueError(f"{path} has {grid.channels} bands, the description names {config.num_logits} classes")
+        scale, mpp = place_of(rows)
+        geo = slide.geo and Georeference(tuple(slide.geo.scaled(1 / scale)))  # of level 0, as in predict.py
+        frame = Frame(name, slide.height, slide.width, scale, mpp or slide.mpp_xy, geo)
+        with Results(frame, config, options, digest) as results:
+            begin_record(options.folder, name, digest, options.kinds)
             for probs in read_bands(grid, results.first_row):
+                results.note_damage(grid.damage)
                 results.add(probs)
             summary = results.finish()
+            facts = {"damage": results.damage, "scale": scale, "mpp": frame.mpp}
+            end_record(options.folder, name, digest, options.kinds, summary.files, **facts)
+            results.remove()
         print(f"{name}: {summary.text()}")
-        return [f"{name}: {message}" for message in grid.damage]
+        return results.damage
 
 
 def read_bands(grid: "Grid", first_row: int) -> Iterator["np.ndarray"]:

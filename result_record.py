@@ -1,0 +1,161 @@
+"""What a folder of results says about itself: which files are whose, what is done, what a killed run left.
+
+Every picture has lines in predict.jsonl: one when it is begun and one when it is done. They tell the files of an
+earlier run of the same command, which may be replaced, from those of other flags and of somebody else, which may not.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cli import UsageError
+from image_io import atomic_write
+from spool import naming
+
+RASTERS = {"mask": "masks", "prob": "raw", "labels": "labels"}  # kind -> folder
+FOLDERS = {**RASTERS, "overlay": "overlays", "geojson": "geojson", "rle": "rle"}
+OBJECT_KINDS = {"labels", "geojson"}  # they also write objects/
+SUFFIXES = (".png", ".tif", ".ome.tif", ".geojson", ".csv")
+RECORD, DESCRIPTION = "predict.jsonl", "predict.json"  # what was done to each picture; what the classes are
+RUN_LENGTHS = "rle.csv"  # of all pictures together
+
+Record = dict[str, list[dict[str, Any]]]
+
+
+def existing_files(folder: Path, name: str, kinds: Sequence[str]) -> list[Path]:
+    """Result files of a picture that are there, of the kinds asked for."""
+    found = []
+    for place in sorted(_folders(kinds)):
+        for suffix in SUFFIXES:
+            path = folder / place / f"{name}{suffix}"
+            if path.exists():
+                found.append(path)
+    return found
+
+
+@dataclass
+class Before:
+    """What a folder of results holds already.
+
+    done: names whose results are there, made with the same flags from the same files. others: files in the way that
+    are somebody else's, or of other flags. record: see read_record.
+    """
+
+    done: set[str]
+    others: list[Path]
+    record: Record
+
+
+def find_done(folder: Path, digests: Mapping[str, str | None], kinds: Sequence[str], *, overwrite: bool) -> set[str]:
+    """Names of pictures whose results are there, made with the same flags from the same files.
+
+    Args:
+        digests: see look_before.
+
+    Raises:
+        UsageError: results of other flags, or of something else, are in the way.
+    """
+    before = look_before(folder, digests, kinds)
+    if before.others and not overwrite:
+        raise UsageError(
+            f"{len(before.others)} results of other flags or files are in the way, first: {before.others[0]}; "
+            "replace them with --overwrite, or give another folder with -o"
+        )
+    return before.done
+
+
+def look_before(folder: Path, digests: Mapping[str, str | None], kinds: Sequence[str]) -> Before:
+    """Tell finished pictures, those that an earlier run of the same command began, and files of somebody else apart.
+
+    Args:
+        digests: name of each picture to what decides about its results; None when its file cannot be looked at.
+    """
+    record = read_record(folder / RECORD)
+    before = Before(set(), [], record)
+    for name, digest in digests.items():
+        own = next((row for row in record.get(name, []) if digest and row["digest"] == digest), None)
+        if own is None:
+            before.others += existing_files(folder, name, kinds)
+        elif own["done"] and not own["damage"] and all((folder / file).is_file() for file in own["files"]):
+            before.done.add(name)
+    if not record:  # of a folder of results they are parts
+        summary = [folder / RUN_LENGTHS] if "rle" in kinds else []
+        before.others += [path for path in (folder / DESCRIPTION, *summary) if path.exists()]
+    return before
+
+
+def read_record(path: Path) -> Record:
+    """Rows of predict.jsonl by name: of each kind of result the last one. A line cut short by a kill is left out."""
+    rows: Record = {}
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                row = {"digest": "", "kinds": [], "done": False, "files": [], "damage": []} | json.loads(line)
+                earlier = rows.get(row["name"], [])
+                rows[row["name"]] = [old for old in earlier if not _folders(old["kinds"]) & _folders(row["kinds"])]
+                rows[row["name"]].append(row)
+            except (ValueError, TypeError, KeyError):
+                continue
+    return rows
+
+
+def _folders(kinds: Sequence[str]) -> set[str]:
+    """Where results of some kinds lie."""
+    return {FOLDERS[kind] for kind in kinds} | ({"objects"} if OBJECT_KINDS & set(kinds) else set())
+
+
+def add_to_record(path: Path, row: dict[str, Any], *, durable: bool = True) -> None:
+    """Append one line, in a line of its own even when a kill cut the last one short.
+
+    Args:
+        durable: it is on the disk before the command goes on, so it outlives a loss of power, not only of the process.
+
+    Raises:
+        OSError: it cannot be written; names the file.
+    """
+    with naming(path, f"the line of {row['name']}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b") as file:
+            file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
+            start = b"" if file.read(1) in (b"", b"\n") else b"\n"
+            file.write(start + json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+
+
+def begin_record(folder: Path, name: str, digest: str, kinds: Sequence[str]) -> None:
+    """Note that what appears under this name from now on is ours, so that a run that was killed can go on."""
+    add_to_record(folder / RECORD, {"name": name, "digest": digest, "kinds": list(kinds)}, durable=False)
+
+
+def end_record(folder: Path, name: str, digest: str, kinds: Sequence[str], files: Sequence[Path], **facts: Any) -> None:
+    """Note that a picture is done, and delete what these files replace in another format, as a.ome.tif does a.png.
+
+    Args:
+        files: its results.
+        facts: damage (what could not be decoded), scale and mpp of the results.
+    """
+    for path in existing_files(folder, name, kinds):
+        if path not in files:
+            path.unlink(missing_ok=True)
+    names = [path.relative_to(folder).as_posix() for path in files]
+    row = {"name": name, "digest": digest, "kinds": list(kinds), "done": True, "files": names, **facts}
+    add_to_record(folder / RECORD, row)
+
+
+def merge_run_lengths(folder: Path) -> None:
+    """rle.csv from the rows of every picture of the folder that has them, by name."""
+    rows = [row for rows in read_record(folder / RECORD).values() for row in rows]
+    paths = sorted({name for row in rows for name in row["files"] if name.startswith("rle/")})
+    with atomic_write(folder / RUN_LENGTHS, "w") as out:
+        out.write("id,predicted\n")
+        for path in paths:
+            if (folder / path).is_file():
+                with (folder / path).open(encoding="utf-8") as lines:
+                    next(lines)
+                    shutil.copyfileobj(lines, out)
