@@ -22,6 +22,7 @@ Forward = Callable[[np.ndarray], np.ndarray]
 BACKENDS = ("auto", "torch", "onnx")
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 OUTPUTS = ("logits", "probabilities")
+FEW_TILES = 8  # trying a tile twice would be a good part of the work itself
 CACHE = "cache"  # the origin of an export that was made on the way, and may be replaced
 
 
@@ -160,7 +161,7 @@ def file_digest(path: Path) -> str:
 def find_export(path: Path, digest: str, device: str) -> tuple[ModelConfig, Forward, Path] | None:
     """The export of exactly this checkpoint that somebody made before, if there is one that runs."""
     for place in export_places(path, digest):
-        with suppress(OSError, ValueError):  # not there, broken, or somebody else's: another one is made
+        with suppress(OSError, ValueError, ImportError):  # not there, broken, somebody else's: another one is made
             metadata = onnx_export.read_description(place).metadata
             if (metadata.get("digest"), metadata.get("revision")) == (digest, str(onnx_export.REVISION)):
                 return *onnx_forward(place, device), place
@@ -178,10 +179,7 @@ def export_checkpoint(path: Path, digest: str) -> tuple[bytes, Path | None]:
         ExportError: see onnx_export.export_network.
     """
     config, network = load_network(path)
-    try:
-        model = onnx_export.export_network(network, config, digest=digest, origin=CACHE)
-    except ImportError as error:
-        raise ExportError(f"{error}; pip install -r requirements.txt") from error
+    model = onnx_export.export_network(network, config, digest=digest, origin=CACHE)
     beside, cached = export_places(path, digest)
     for place in (beside, cached):
         if place == cached or may_replace(place):
@@ -239,14 +237,10 @@ def load_forward(
         FileNotFoundError, ValueError: the file is missing, damaged or no checkpoint, or the backend cannot run there.
         RuntimeError: backend is onnx and the export failed.
     """
-    for name, value, known in (("backend", backend, BACKENDS), ("precision", amp, (*PRECISIONS,))):
-        if value not in known:
-            raise ValueError(f"unknown {name} {value!r}, expected one of {', '.join(known)}")
+    _check_choices(path, backend, amp)
     if is_onnx(path):
-        if backend == "torch":
-            raise ValueError(f"{path} is an ONNX file, which --backend torch cannot run: use auto, or its checkpoint")
         return *onnx_forward(path, device), f"ONNX Runtime on {device}"
-    if backend == "torch" or (backend == "auto" and device != "cpu"):
+    if backend == "torch" or (backend == "auto" and (device != "cpu" or amp != "no")):
         return *_load_torch(path, device, amp), f"PyTorch on {device}"
     onnx_export.find_provider(device)
     digest = file_digest(path)
@@ -254,14 +248,32 @@ def load_forward(
     if found:
         return found[0], found[1], f"ONNX Runtime on {device}, {found[2]}"
     if backend == "onnx":
-        return _load_exported(path, digest, device)
-    config, forward = _load_torch(path, device, amp)
+        try:
+            return _load_exported(path, digest, device)
+        except ExportError as error:
+            raise RuntimeError(f"{path} cannot be exported for ONNX Runtime: {error}. Use --backend torch") from error
+    return _load_faster(path, digest, device, megapixels)
+
+
+def _check_choices(path: Path, backend: str, amp: str) -> None:
+    for name, value, known in (("backend", backend, BACKENDS), ("precision", amp, (*PRECISIONS,))):
+        if value not in known:
+            raise ValueError(f"unknown {name} {value!r}, expected one of {', '.join(known)}")
+    if is_onnx(path) and backend == "torch":
+        raise ValueError(f"{path} is an ONNX file, which --backend torch cannot run: use auto, or its checkpoint")
+    if amp != "no" and (is_onnx(path) or backend == "onnx"):
+        raise ValueError(f"{path}: precision {amp} is for PyTorch, ONNX Runtime runs in that of the file: use no")
+
+
+def _load_faster(path: Path, digest: str, device: str, megapixels: float | None) -> tuple[ModelConfig, Forward, str]:
+    """PyTorch, or ONNX Runtime when the work is longer than the export that it needs."""
+    config, forward = _load_torch(path, device, "no")
     if megapixels is None or seconds_for(forward, config, megapixels) <= EXPORT_SECONDS:
         return config, forward, f"PyTorch on {device}"
     try:
         return _load_exported(path, digest, device)
-    except RuntimeError as error:
-        return config, forward, f"PyTorch on {device}, for {error}"
+    except ExportError as error:
+        return config, forward, f"PyTorch on {device}, for the export to ONNX failed: {error}"
 
 
 def _load_torch(path: Path, device: str, amp: str) -> tuple[ModelConfig, Forward]:
@@ -272,24 +284,23 @@ def _load_torch(path: Path, device: str, amp: str) -> tuple[ModelConfig, Forward
 
 def _load_exported(path: Path, digest: str, device: str) -> tuple[ModelConfig, Forward, str]:
     begin = time.perf_counter()
-    try:
-        model, place = export_checkpoint(path, digest)
-    except ExportError as error:
-        raise RuntimeError(f"{path} cannot be exported for ONNX Runtime: {error}. Use --backend torch") from error
+    model, place = export_checkpoint(path, digest)
     seconds = time.perf_counter() - begin
     kept = place or "not kept: no folder can be written to"
     return *onnx_forward(model, device), f"ONNX Runtime on {device}, exported in {seconds:.0f} s, {kept}"
 
 
 def seconds_for(forward: Forward, config: ModelConfig, megapixels: float) -> float:
-    """How long a network needs for so many megapixels of image, judged by one tile."""
+    """How long a network needs for so many megapixels of image, judged by one tile; 0 when they are too few to try."""
     geometry = config.geometry
     height, width = (geometry.tile, geometry.tile) if geometry.kind == "crops" else geometry.size
+    step = max(geometry.tile - geometry.overlap, 1)
+    again = (geometry.tile / step) ** 2 if geometry.kind == "crops" else 1  # how often a pixel is predicted
+    tiles = megapixels * 1e6 / (height * width) * again
+    if tiles <= FEW_TILES:
+        return 0.0
     batch = np.zeros((1, len(config.channels), height, width), np.float32)
     forward(batch)  # the first call prepares kernels
     begin = time.perf_counter()
     forward(batch)
-    seconds = time.perf_counter() - begin
-    step = max(geometry.tile - geometry.overlap, 1)
-    again = (geometry.tile / step) ** 2 if geometry.kind == "crops" else 1  # how often a pixel is predicted
-    return seconds * megapixels * 1e6 / (height * width) * again
+    return (time.perf_counter() - begin) * tiles

@@ -51,7 +51,8 @@ class Description:
 def export_network(network: nn.Module, config: ModelConfig, **metadata: str) -> bytes:
     """Export a network with free batch, height and width, and prove the result equal to it.
 
-    torch.export is tried first, then the older TorchScript exporter; which one it was is in the metadata.
+    torch.export is tried first, then the older TorchScript exporter; the metadata say which one it was, and why not the
+    first.
 
     Args:
         network: on the CPU; images (N, C, H, W), sides multiples of config.stride, to logits (N, K, H, W).
@@ -64,10 +65,11 @@ def export_network(network: nn.Module, config: ModelConfig, **metadata: str) -> 
         ExportError: no exporter made a file that agrees; says why for each.
     """
     network = static_padding(copy.deepcopy(network).float().to(memory_format=torch.contiguous_format)).eval()  # type: ignore[call-overload]
-    reasons = []
+    reasons: list[str] = []
     for name, exporter in (("torch.export", _export_program), ("TorchScript", _export_script)):
         try:
-            model = describe(exporter(network, config), config, exporter=name, **metadata)
+            entries = {"exporter": name, "failed": "; ".join(reasons), **metadata}
+            model = describe(exporter(network, config), config, **entries)
             prove_equal(model, network, config)
         except Exception as error:  # exporters raise anything
             reasons.append(f"{name}: {shorten_error(error)}")
@@ -256,10 +258,10 @@ def read_description(path: Path, content: bytes | None = None) -> Description:
         FileNotFoundError: there is no such file.
         ValueError: truncated, not ONNX, or without the metadata that Tessera writes.
     """
-    import onnx
-
     if content is None:
         content = read_onnx(path)
+    import onnx
+
     try:
         proto = onnx.load_model_from_string(content)
     except Exception as error:  # protobuf's own class of error is not part of its interface
@@ -328,8 +330,6 @@ def find_provider(device: str) -> tuple[str, dict[str, str]]:
     Raises:
         ValueError: the installed package has none for it.
     """
-    import onnxruntime
-
     kind, _, number = device.partition(":")
     if kind == "cpu":
         return "CPUExecutionProvider", {}
@@ -338,6 +338,8 @@ def find_provider(device: str) -> tuple[str, dict[str, str]]:
             f"--backend onnx runs on cpu and cuda, found --device {device}: use --cpu, or a checkpoint with "
             "--backend torch"
         )
+    import onnxruntime
+
     available = onnxruntime.get_available_providers()
     if "CUDAExecutionProvider" not in available:
         raise ValueError(
