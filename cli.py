@@ -170,21 +170,6 @@ def add_result_args(parser: argparse.ArgumentParser, *, kinds: Sequence[str], re
     group.add_argument("--decimal", choices=("comma", "dot"), default="comma", help="decimal sign in csv files")
 
 
-def filters(args: argparse.Namespace) -> Any:
-    """postprocess.Filters from the flags of add_filter_args.
-
-    Raises:
-        UsageError: a number is out of its range.
-    """
-    from postprocess import Filters
-
-    names = ("closing", "fill_holes", "min_area", "relative_area", "min_length", "keep_largest")
-    try:
-        return Filters(**{name: getattr(args, name) for name in names})
-    except ValueError as error:
-        raise UsageError(f"--{str(error).replace('_', '-')}") from error
-
-
 def add_split_args(parser: argparse.ArgumentParser, *, val_share: float | None) -> None:
     """Add the flags that choose files: ids, the share taken for validation, the region of interest."""
     group = parser.add_argument_group("files")
@@ -240,18 +225,21 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
 
 
 def add_slide_args(parser: argparse.ArgumentParser) -> None:
-    """Add how slides are read: at which scale, and where in them."""
+    """Add how slides are read for training: at which scale, and where in them."""
     group = parser.add_argument_group("slides")
     scale = group.add_mutually_exclusive_group()
-    scale.add_argument(
-        "--mpp", type=positive_float, metavar="UM", help="read images at so many micrometres per pixel (with --crops)"
-    )
-    scale.add_argument("--reduce", type=at_least_one, metavar="X", help="read images X times smaller (with --crops)")
+    scale.add_argument("--reduce", type=positive_float, metavar="X", help="read X times smaller, X >= 1")
+    scale.add_argument("--mpp", type=positive_float, metavar="UM", help="read at so many micrometres per pixel")
+    add_tissue_arg(group)
+
+
+def add_tissue_arg(group: argparse._ArgumentGroup) -> None:
+    """Add where on slides windows are taken and predicted."""
     group.add_argument(
         "--tissue",
         choices=("auto", "saturation", "otsu", "none"),
         default="auto",
-        help="windows and scores of slides keep to tissue; auto: by colour, where all are RGB and say their scale",
+        help="keep to what a thumbnail of a slide shows as tissue; auto: as in training, which decides by the colours",
     )
 
 
@@ -478,11 +466,6 @@ def threshold(text: str) -> float | str:
 def not_negative(text: str) -> float:
     """Argparse type: a number of at least 0."""
     return _number(text, float, 0, None)
-
-
-def at_least_one(text: str) -> float:
-    """Argparse type: a number of at least 1."""
-    return _number(text, float, 1, None)
 
 
 def positive_float(text: str) -> float:

@@ -236,7 +236,7 @@ def build_setup(
     """Load the networks and turn flags into options; says which checkpoint, backend and device work."""
     from backends import load_forward
     from predictor import ReadOptions, mean_of
-    from results import ResultOptions
+    from results import ResultOptions, filters_of
 
     config = configs[0]
     threshold = cli.pick_threshold(args.thres, config.thresholds, config.num_logits)
@@ -258,7 +258,7 @@ def build_setup(
         print(f"checkpoint {path}: {each.architecture} {each.encoder}, {each.geometry.kind}; {note}")
     folder = args.output_dir or default_output(paths[0], pairs, threshold)
     read = ReadOptions(args.reduce, args.level, args.mpp, args.max_decoded_gb, args.fill)
-    results = ResultOptions(folder, args.save, args.format, threshold, cli.filters(args), args.decimal, args.geo)
+    results = ResultOptions(folder, args.save, args.format, threshold, filters_of(args), args.decimal, args.geo)
     choices = [asdict(read), asdict(tiles), asdict(replace(results, folder=Path())), args.full_size, args.backend]
     content = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
     return Setup(

@@ -9,7 +9,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 
 from checkpoint import ModelConfig
+from cli import UsageError
 from geojson import GeoJsonWriter
 from image_io import ImageError, atomic_write, write_image, write_mask, write_text
 from outputs import decide, format_csv, label_values
@@ -85,6 +86,19 @@ class Summary:
                 [f"{sum(self.objects.values())} objects"] if len(counts) == 1 else [f"{n} x {k}" for k, n in counts]
             )
         return ", ".join(parts)
+
+
+def filters_of(flags: Any) -> Filters:
+    """The filters of cli.add_filter_args.
+
+    Raises:
+        UsageError: a number is out of its range.
+    """
+    try:
+        return Filters(**{item.name: getattr(flags, item.name) for item in fields(Filters)})
+    except ValueError as error:
+        name = str(error).split()[0]
+        raise UsageError(str(error).replace(name, f"--{name.replace('_', '-')}", 1)) from error
 
 
 class MemoryStore:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from checkpoint import ModelConfig
     from result_record import Record
-    from results import ResultOptions
+    from results import ResultOptions, filters_of
     from slide_io import Grid
 
 KINDS = ("mask", "labels", "geojson", "rle")
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> list[str]:
     """Go through raw/; return what went wrong."""
     from predictor import list_pictures, result_name
     from result_record import find_done, merge_run_lengths
-    from results import ResultOptions
+    from results import ResultOptions, filters_of
     from spool import FULL
 
     if args.output_dir.resolve() == args.results.resolve():
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> list[str]:
     config, rows = read_description(args.results, paths)
     threshold = cli.pick_threshold(args.thres, config.thresholds, config.num_logits)
     options = ResultOptions(
-        args.output_dir, args.save, args.format, threshold, cli.filters(args), args.decimal, args.geo
+        args.output_dir, args.save, args.format, threshold, filters_of(args), args.decimal, args.geo
     )
     pictures = {result_name(path): path for path in paths}
     digests = {name: picture_digest(path, options, rows.get(name, [])) for name, path in pictures.items()}

@@ -151,7 +151,7 @@ def test_cuda_without_a_gpu_is_an_error(capsys, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "part"),
     [
-        ([], "one of the arguments -c/--check-path -cd/--check-dir is required"),
+        ([], "one of the arguments -c/--check-path/-check/-m/--model -cd/--check-dir is required"),
         (["-c", "a", "-cd", "b"], "not allowed with argument"),
         (["-c", "a", "-t", "1.5"], "out of range"),
         (["-c", "a", "-t", "good"], "is not a number"),
