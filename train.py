@@ -1,7 +1,8 @@
 """Train a segmentation network on labelled images.
 
-Example:
+Examples:
     python train.py -d data/sample -m plain-unet --encoder plain-16 -e 20
+    python train.py -d slides --mpp 0.5 --crops 200 --image-size 512    (slides with GeoJSON, run lengths or mask TIFFs)
 """
 
 import argparse
@@ -122,6 +123,7 @@ class Data:
     channels: tuple[str, ...]
     rgb: bool
     dtype: str
+    slides: Any
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -186,6 +188,10 @@ def check_flags(args: argparse.Namespace) -> None:
     import model
     import optim
 
+    if (args.mpp or args.reduce) and not args.crops:
+        raise cli.UsageError("--mpp and --reduce are for networks trained on crops; give --crops N too")
+    if args.reduce and args.reduce < 1:
+        raise cli.UsageError(f"--reduce {args.reduce:g} would enlarge the images; expected 1 or more")
     if len(args.image_size) > 2:
         raise cli.UsageError(f"--image-size takes one number or two, found {len(args.image_size)}")
     if args.plateau_factor >= 1:
@@ -225,14 +231,21 @@ def prepare_data(args: argparse.Namespace, run_dir: Path) -> Data:
     """Pair, scan and check the files; say what was found; stop on errors."""
     import normalisation
     import scan
+    from slide_index import prepare_slides
+    from slide_windows import is_slide
 
     checked = scan.check_from_flags(args)
     for message in checked.warnings:
         print(f"warning: {message}")
     classes = checked.raise_errors()
+    slides = [item.pair for item in checked.train if is_slide(item.pair, checked.slides)]
+    if slides and not args.crops:
+        raise cli.UsageError(f"{slides[0].image} is a slide, which is learned from in windows: give --crops N")
     statistics = normalisation.load_or_compute_statistics(checked.root, run_dir, checked.train, args.preprocess)
     print(f"{len(checked.train)} training and {len(checked.val)} validation images; {'; '.join(checked.notes)}")
     print(f"classes: {', '.join(classes.names)}; statistics: {statistics.source}")
+    for message in prepare_slides(slides, checked.slides, classes):
+        print(f"warning: {message}")
     return Data(
         train=[item.pair for item in checked.train],
         val=[item.pair for item in checked.val],
@@ -244,6 +257,7 @@ def prepare_data(args: argparse.Namespace, run_dir: Path) -> Data:
         channels=normalisation.channel_names(checked.train, args.add_dirs),
         rgb=checked.train[0].channels == 3,
         dtype=checked.train[0].layers[0].dtype,
+        slides=checked.slides,
     )
 
 
@@ -266,7 +280,8 @@ def build_config(args: argparse.Namespace, data: Data, stride: int, min_side: in
         raise ValueError(f"{args.encoder} takes images of {stride}x{stride} only: leave --crops out, or take another")
     if args.crops:
         tile = max(min(1024, 4 * max(size)), *size)
-        geometry = Geometry("crops", size, tile=tile, overlap=tile // 4, halo=tile // 16)
+        scale = {"reduction": data.slides.reduction, "mpp": data.slides.mpp}
+        geometry = Geometry("crops", size, tile=tile, overlap=tile // 4, halo=tile // 16, **scale)
     else:
         geometry = Geometry("resize", size)
     return ModelConfig(
@@ -291,6 +306,7 @@ def build_config(args: argparse.Namespace, data: Data, stride: int, min_side: in
         batch=args.batch,
         val_share=args.val_share,
         group_pattern=args.group_pattern,
+        tissue=data.slides.tissue,
     )
 
 
@@ -378,8 +394,9 @@ def train(args: argparse.Namespace, data: Data, run_dir: Path, device: str, reco
     loss = build_training_loss(args, config, data.pixels)
     augmentation = Augmentation(args.augmentation, rgb=data.rgb, value_range=data.statistics.value_range)
     quota = args.foreground_quota if args.crops else 0
-    sampler = EpochSampler(data.present, crops=max(1, args.crops), quota=quota, seed=args.seed)
     samples = TrainingSet(data.train, data.classes, config, augmentation)
+    crops = max(1, args.crops)
+    sampler = EpochSampler(data.present, crops=crops, quota=quota, seed=args.seed, slides=samples.slides)
     pin = device.startswith("cuda")
     batches = TrainingBatches(samples, sampler, batch=args.batch, workers=args.workers, pin=pin)
     options = fit_options(args)
@@ -438,7 +455,9 @@ def finish(args: argparse.Namespace, run: Any, val_set: Any, learner: Any, devic
     result = trainer.evaluate(predictions, trainer.build_scorer(config, empty=args.empty))
     print(f"\nbest epoch {saved['epoch']} of {learner.progress.epoch}, {run.best_path}")
     print(metrics.score_table(result.summary))
-    if args.baselines and config.num_logits == 1:
+    if args.baselines and any(val_set.slides):
+        print("baselines are left out: they need whole images, and there are slides")
+    elif args.baselines and config.num_logits == 1:
         print(*baselines.baseline_lines(baselines.score_baselines(val_set, empty=args.empty)), sep="\n")
     run.log_result(vars(args), {f"hparam/{key}": result.summary[key] for key in ("iou", "dice")})
     run.close()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,11 +26,10 @@ from outputs import clear_outside, decide
 from pairing import Pair
 from plots import sample_panel
 from run_folder import RunFolder
+from slide_scoring import LossFunction, SlidePrediction, logits_of, predict_slide, score_slide
 from tiling import predict_tiled
 
 MUCH_WAITING = 0.1  # share of the time above which more loader processes are suggested
-
-LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 
 class TrainingStopped(RuntimeError):
@@ -52,12 +51,21 @@ class Prediction:
 
 def predict_samples(
     forward: Forward, data: EvaluationSet, *, workers: int, description: str = ""
-) -> Iterator[Prediction]:
-    """Predict whole images in order, as the geometry of the checkpoint says.
+) -> Iterator[Prediction | SlidePrediction]:
+    """Predict whole images in order, as the geometry of the checkpoint says; then slides, each while it is open.
 
     `resize`: probabilities are resized back to the image's size. `crops`: native scale, in tiles where the image is
     larger than one. Outside the region where pixels count everything is background.
     """
+    images = data.without_slides()
+    if len(images):
+        yield from _predict_images(forward, images, workers=workers, description=description)
+    for pair in data.slide_pairs():
+        with predict_slide(forward, pair, data.classes, data.config, description=description) as prediction:
+            yield prediction
+
+
+def _predict_images(forward: Forward, data: EvaluationSet, *, workers: int, description: str) -> Iterator[Prediction]:
     config = data.config
     loader = evaluation_loader(data, config.batch, workers)
     with tqdm(total=len(data), desc=description, leave=False, disable=not description or None, unit="img") as bar:
@@ -97,17 +105,31 @@ def _predict_native(forward: Forward, samples: Sequence[Sample], config: ModelCo
         yield probs
 
 
+class Worst(NamedTuple):
+    """An image with a low IoU (2: undefined); of a slide its worst tile, with the pixels of `image`."""
+
+    iou: float
+    pair: Pair
+    mask: np.ndarray
+    probs: np.ndarray
+    image: np.ndarray | None = None
+
+
 @dataclass
 class Evaluation:
     """Scores of one validation set: the loss, the summary of the scorer, and the worst images of all."""
 
     loss: float | None
     summary: dict[str, Any]
-    worst: list[tuple[float, Pair, np.ndarray, np.ndarray]] = field(default_factory=list)
+    worst: list[Worst] = field(default_factory=list)
 
 
 def evaluate(
-    predictions: Iterable[Prediction], scorer: Scorer, *, loss: LossFunction | None = None, keep_worst: int = 0
+    predictions: Iterable[Prediction | SlidePrediction],
+    scorer: Scorer,
+    *,
+    loss: LossFunction | None = None,
+    keep_worst: int = 0,
 ) -> Evaluation:
     """Score predictions against their masks.
 
@@ -115,29 +137,40 @@ def evaluate(
         loss: also computed, for each image whole, from its probabilities; the mean over images is reported.
         keep_worst: how many of the images with the lowest IoU to keep, with truth and prediction.
     """
-    losses: list[float] = []
-    worst: list[tuple[float, Pair, np.ndarray, np.ndarray]] = []
+    losses: list[float | None] = []
+    worst: list[Worst] = []
+
+    def note(scores: dict[str, float | None], *shown: Any) -> None:
+        iou = 2.0 if scores["iou"] is None else scores["iou"]
+        if keep_worst and (len(worst) < keep_worst or iou < worst[-1].iou):
+            worst.append(Worst(iou, *shown))
+            worst[:] = sorted(worst, key=lambda item: item.iou)[:keep_worst]
+
     for prediction in predictions:
+        if isinstance(prediction, SlidePrediction):
+            if not prediction.has_mask:
+                deque(prediction.bands, maxlen=0)
+                continue
+            slide = score_slide(prediction, scorer, loss=loss, show=keep_worst > 0)
+            losses.append(slide.loss)
+            if slide.worst:
+                note(slide.scores, prediction.pair, *slide.worst)
+            continue
         probs, mask = prediction.probs, prediction.mask
         if mask is None:
             continue
         scores = scorer.update(prediction.sample.pair.name, probs, mask)
         if loss is not None and (mask != IGNORE_INDEX).any():
             losses.append(loss_of_probs(loss, probs, mask))
-        if keep_worst:
-            iou = 2.0 if scores["iou"] is None else scores["iou"]
-            if len(worst) < keep_worst or iou < worst[-1][0]:
-                worst.append((iou, prediction.sample.pair, mask, probs))
-                worst = sorted(worst, key=lambda item: item[0])[:keep_worst]
-    return Evaluation(float(np.mean(losses)) if losses else None, scorer.summary(), worst)
+        note(scores, prediction.sample.pair, mask, probs)
+    known = [value for value in losses if value is not None]
+    return Evaluation(float(np.mean(known)) if known else None, scorer.summary(), worst)
 
 
 def loss_of_probs(loss: LossFunction, probs: np.ndarray, mask: np.ndarray) -> float:
     """Loss of one image (K, H, W) from its probabilities: their logarithms are logits that give them back."""
-    values = torch.from_numpy(probs)[None].clamp(1e-7, 1 - 1e-7)
-    logits = values.logit() if probs.shape[0] == 1 else values.log()
     with torch.inference_mode():
-        return float(loss(logits, torch.from_numpy(mask)[None].long()))
+        return float(loss(logits_of(probs), torch.from_numpy(mask)[None].long()))
 
 
 def build_scorer(config: ModelConfig, *, threshold: float = 0.5, empty: str = "skip") -> Scorer:
@@ -555,13 +588,12 @@ def epoch_line(row: dict[str, Any], epochs: int, main: str, saved: str | None, m
     return "  ".join(parts)
 
 
-def worst_panels(
-    worst: Sequence[tuple[float, Pair, np.ndarray, np.ndarray]], config: ModelConfig, threshold: float = 0.5
-) -> list[np.ndarray]:
+def worst_panels(worst: Sequence[Worst], config: ModelConfig, threshold: float = 0.5) -> list[np.ndarray]:
     """Pictures of the images with the lowest IoU: image, prediction, truth, difference."""
     panels = []
-    for iou, pair, mask, probs in worst:
-        image, _ = load_image(pair, config.channels, ())
+    for iou, pair, mask, probs, image in worst:
+        if image is None:
+            image, _ = load_image(pair, config.channels, ())
         title = f"{pair.name}  IoU {'-' if iou > 1 else f'{iou:.3f}'}"
         pred = decide(probs, threshold)
         panels.append(sample_panel(image, mask, pred, probs, config.class_names, title))

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # what these load would make --help wait for seconds
     from object_metrics import ObjectScores
     from outputs import Outputs
     from pairing import Listing, Pair
+    from slide_scoring import SlidePrediction
     from trainer import Prediction
 
 
@@ -58,6 +59,7 @@ def add_output_args(parser: argparse.ArgumentParser) -> None:
     cli.add_switch(group, "--objects", help="also score objects: F1 at IoU 0.5 to 0.95, counts, sizes")
     cli.add_switch(group, "--cldice", help="also score centre lines (thin structures, one class)")
     group.add_argument("--tile-size", type=cli.positive_int, metavar="S", help="another tile, or size to resize to")
+    cli.add_tissue_arg(group)
 
 
 @dataclass
@@ -119,7 +121,8 @@ def with_overrides(config: ModelConfig, args: argparse.Namespace) -> ModelConfig
         else:
             print(f"warning: the tile was {geometry.tile} in the evaluation of training, now {side}")
             geometry = replace(geometry, tile=side, overlap=side // 4, halo=side // 16)
-    return replace(config, geometry=geometry, batch=args.batch or config.batch)
+    tissue = config.tissue if args.tissue == "auto" else args.tissue
+    return replace(config, geometry=geometry, batch=args.batch or config.batch, tissue=tissue)
 
 
 def find_files(args: argparse.Namespace, config: ModelConfig) -> Listing:
@@ -155,12 +158,13 @@ def check_files(listing: Listing, config: ModelConfig) -> tuple[list[str], int]:
     from classes import ClassMap, list_labels
     from normalisation import scene_warnings
     from pairing import DatasetError
-    from scan import label_counts, scan_pairs
+    from scan import label_counts, name_labels, scan_pairs
+    from slide_windows import SlideOptions
 
     classes = ClassMap.from_config(config)
     failures, good = list(listing.errors), []
-    for item in scan_pairs(listing.pairs, steps=config.preprocess):
-        errors = pair_problems(item, config, classes)
+    for item in scan_pairs(listing.pairs, steps=config.preprocess, slides=SlideOptions.from_config(config)):
+        errors = name_labels([item], classes.annotations) or pair_problems(item, config, classes)
         failures += errors
         if not errors:
             good.append(item)
@@ -185,8 +189,11 @@ def pair_problems(item: Any, config: ModelConfig, classes: Any) -> list[str]:
 
     from pairing import DatasetError
     from scan import find_problems
+    from slide_windows import SlideOptions, is_slide
 
-    errors, _ = find_problems([], [item])
+    errors = list(dict.fromkeys(find_problems([], [item])[0]))
+    if not errors and config.geometry.kind != "crops" and is_slide(item.pair, SlideOptions.from_config(config)):
+        errors = [f"{item.pair.image} is a slide, the network sees whole images resized: train one with --crops"]
     expected = len(config.channels) - len(config.add_dirs)
     if not errors and item.channels != expected:
         errors = [f"{item.pair.image} has {item.channels} channels, the network takes {expected}"]
@@ -246,7 +253,9 @@ def validate(
     if not listing.has_masks:
         return None
     summary = {**result.summary, "checkpoint_thresholds": config.thresholds, **extra_summary(extra)}
-    if args.baselines and config.num_logits == 1:
+    if any(data.slides) and (args.baselines or args.objects or args.cldice):
+        print("slides: baselines are left out; objects and centre lines are scored on the other images alone")
+    elif args.baselines and config.num_logits == 1:
         summary["baselines"] = baselines.score_baselines(data, empty=args.empty)
     write_tables(outputs.folder, scorer, summary, args.decimal)
     log_tensorboard(args, outputs.folder, summary, trainer.worst_panels(result.worst, config, threshold))
@@ -254,13 +263,21 @@ def validate(
 
 
 def write_outputs(
-    predictions: Iterable[Prediction], config: ModelConfig, outputs: Outputs, threshold: float, extra: ExtraScores
-) -> Iterator[Prediction]:
+    predictions: Iterable[Prediction | SlidePrediction],
+    config: ModelConfig,
+    outputs: Outputs,
+    threshold: float,
+    extra: ExtraScores,
+) -> Iterator[Prediction | SlidePrediction]:
     """Write masks, probabilities and plots of each prediction as it passes."""
     from outputs import decide, write_plot, write_prediction
+    from slide_scoring import SlidePrediction
     from trainer import build_scorer
 
     for prediction in predictions:
+        if isinstance(prediction, SlidePrediction):
+            yield replace(prediction, bands=write_slide(prediction, config, outputs, threshold))
+            continue
         pair, probs, mask = prediction.sample.pair, prediction.probs, prediction.mask
         pred = decide(probs, threshold)
         write_prediction(outputs, config, pair.name, probs, pred)
@@ -272,6 +289,40 @@ def write_outputs(
         if mask is not None:
             score_extra(extra, pair, pred, mask, instances=config.mask_threshold is None)
         yield prediction
+
+
+def write_slide(
+    prediction: SlidePrediction, config: ModelConfig, outputs: Outputs, threshold: float
+) -> Iterator[tuple[int, np.ndarray, np.ndarray | None]]:
+    """Hand on the bands of a slide and write what predict.py would: mask, probabilities (--raw), overlay (--plots)."""
+    import shutil
+
+    from results import Frame, ResultOptions, Results
+
+    wanted = {"mask": outputs.masks, "prob": outputs.raw, "overlay": outputs.plots}
+    kinds = tuple(kind for kind, given in wanted.items() if given)
+    if not kinds:
+        yield from prediction.bands
+        return
+    picture, name = prediction.picture, prediction.pair.name
+    slide, scale = picture.slide, picture.scale
+    mpp = None if slide.mpp_xy is None else (slide.mpp_xy[0] * scale, slide.mpp_xy[1] * scale)
+    frame = Frame(name, picture.height, picture.width, scale, mpp, slide.geo)
+    shutil.rmtree(outputs.folder / f".{name}.partial", ignore_errors=True)  # of a run that was killed
+    with Results(frame, config, ResultOptions(outputs.folder, kinds, threshold=threshold), "validation") as results:
+        for band in prediction.bands:
+            results.add(band[1])
+            yield band
+        results.finish(lambda step: thumbnail(slide, frame.height, frame.width, step))
+
+
+def thumbnail(slide: Any, height: int, width: int, step: int) -> np.ndarray:
+    """A slide with one pixel for every step x step of (height, width): (h, w, C)."""
+    from image_io import resize_image
+
+    size = -(-height // step), -(-width // step)
+    grid = slide.grid(reduce=max(1.0, min(slide.height / size[0], slide.width / size[1])))
+    return resize_image(grid.read(0, 0, grid.height, grid.width), size)
 
 
 def score_extra(extra: ExtraScores, pair: Pair, pred: np.ndarray, mask: np.ndarray, *, instances: bool = True) -> None:
