@@ -232,6 +232,7 @@ def close_last() -> None:
     for opened in _LAST.values():
         if isinstance(opened, OpenSlide):
             opened.slide.close()
+            opened.mask.close()
     _LAST.clear()
 
 

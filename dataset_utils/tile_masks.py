@@ -19,7 +19,7 @@ from geojson import check_inside, read_geojson
 from image_io import IMAGE_SUFFIXES, ImageError, read_mask
 from polygons import ShapeIndex
 from rle import RleRaster
-from slide_io import Grid, Slide, open_slide
+from slide_io import Slide, open_slide
 
 RLE_COLUMNS = ("encoding", "rle", "predicted")
 GEOJSON_SUFFIXES = (".geojson", ".json")
@@ -72,10 +72,18 @@ class TileMask:
     findings: what of the annotation could not be used. dtype: of the labels.
     """
 
-    def __init__(self, slide: Slide, dtype: np.dtype, read: ReadLabels, findings: list[str]) -> None:
+    def __init__(
+        self,
+        slide: Slide,
+        dtype: np.dtype,
+        read: ReadLabels,
+        findings: list[str],
+        close: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Args: slide: whose pixels the labels lie on; read: labels of a window; close: called once at the end."""
         self.height, self.width = slide.height, slide.width
         self.dtype, self.findings = dtype, findings
-        self._read = read
+        self._read, self.close = read, close
 
     def read(self, top: int, left: int, height: int, width: int) -> np.ndarray:
         """Labels (height, width) of a window of the full resolution.
@@ -380,18 +388,18 @@ def _open_raster(source: MaskSource, slide: Slide, rule: LabelRule, max_decoded_
         )
     reader: _RasterReader | _WholeReader
     if source.path.suffix.lower() in (".tif", ".tiff"):
-        reader = _RasterReader(source.path, raster.grid())
+        reader = _RasterReader(source.path, raster)
     else:
         raster.close()
         reader = _WholeReader(source.path)
     if rule.label is None and not rule.classes:
-        return TileMask(slide, reader.dtype, reader, reader.findings)
+        return TileMask(slide, reader.dtype, reader, reader.findings, raster.close)
     table = _value_table(rule)
 
     def read(top: int, left: int, height: int, width: int) -> np.ndarray:
         return _map_values(reader(top, left, height, width), table, source.path)
 
-    return TileMask(slide, rule.dtype(), read, reader.findings)
+    return TileMask(slide, rule.dtype(), read, reader.findings, raster.close)
 
 
 class _WholeReader:
@@ -408,8 +416,9 @@ class _WholeReader:
 class _RasterReader:
     """Windows of labels from a mask TIFF."""
 
-    def __init__(self, path: Path, grid: Grid) -> None:
-        self.path, self.grid, self.findings = path, grid, grid.damage
+    def __init__(self, path: Path, slide: Slide) -> None:
+        grid = slide.grid()
+        self.path, self.slide, self.grid, self.findings = path, slide, grid, grid.damage
         self.dtype = np.dtype(np.uint8 if grid.dtype == np.uint8 else np.uint16)
 
     def __call__(self, top: int, left: int, height: int, width: int) -> np.ndarray:
