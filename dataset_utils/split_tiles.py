@@ -55,10 +55,13 @@ class Raster:
             ImageError: a part of it cannot be decoded.
         """
         window = top, left, height, width
-        pixels = self.grid.read(*window)
-        if self.grid.damage and self.grid.valid(*window) is not None:
-            if not np.array_equal(pixels, self.other.read(*window), equal_nan=True):
-                raise ImageError("\n".join(self.grid.damage))
+        pixels, valid = self.grid.read(*window), self.grid.valid(*window)
+        if valid is None:
+            return pixels
+        if self.grid.damage and not np.array_equal(pixels, self.other.read(*window)):
+            raise ImageError("\n".join(self.grid.damage))
+        if self.slide.nodata is not None:
+            pixels[~valid] = self.slide.nodata  # readers give 0 there
         return pixels
 
 
