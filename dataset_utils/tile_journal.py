@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple
 from pathlib import Path
@@ -44,6 +45,15 @@ def claim_folder(folder: Path, flags: Mapping[str, Any]) -> None:
         raise DatasetError(f"{folder} holds other files; expected a new or empty folder for the tiles: give another")
     else:
         write_text(path, json.dumps(wanted, indent=2) + "\n")
+
+
+def remove_leftovers(layouts: Iterable[Layout]) -> None:
+    """Delete the hidden half-written files that a kill left among the tiles."""
+    folders = {layout.job.folder / name for layout in layouts for name in layout.folders}
+    for folder in folders:
+        for path in folder.glob(".*.tmp"):
+            if re.fullmatch(r"\.[0-9a-f]{32}\.tmp", path.name):
+                path.unlink(missing_ok=True)
 
 
 class Journal:

@@ -35,7 +35,7 @@ from dataset_utils.tile_cutting import (
     cut_rows,
     plan_slide,
 )
-from dataset_utils.tile_journal import Journal, claim_folder
+from dataset_utils.tile_journal import Journal, claim_folder, remove_leftovers
 from dataset_utils.tile_masks import MAX_VALUE, LabelRule, find_masks, slide_id
 from image_io import IMAGE_SUFFIXES, ImageError, write_text
 from pairing import Pair, share_by_name
@@ -306,6 +306,7 @@ class Run:
         if self.dry_run:
             return
         claim_folder(args.output_dir, recorded_flags(args))
+        remove_leftovers(layouts)
         for name, layout in self.layouts.items():
             journal = self.journals[name] = Journal(args.output_dir, layout, sides[name])
             self.results[name] = journal.rows
