@@ -125,7 +125,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         failures = run(args)
     if failures:
         listed = "\n".join(f"  - {message}" for message in failures)
-        parser.exit(1, f"{parser.prog}: error: {len(failures)} findings, the rest is done:\n{listed}\n")
+        count = f"{len(failures)} finding{'s' if len(failures) > 1 else ''}"
+        parser.exit(1, f"{parser.prog}: error: {count}, the rest is done:\n{listed}\n")
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,7 @@ class Setup:
 def run(args: argparse.Namespace) -> list[str]:
     """Predict all images; return what went wrong."""
     from backends import load_config
+    from result_record import merge_run_lengths, write_description
 
     device = cli.pick_device(args.device, args.cpu)
     paths = find_checkpoints(args)
@@ -161,11 +163,9 @@ def run(args: argparse.Namespace) -> list[str]:
     done = finished_before(setup, pairs, overwrite=args.overwrite)
     for name in sorted(done):
         print(f"{name}: already done")
-    write_description(setup)
+    write_description(setup.results.folder, configs[0], setup.results.threshold)
     failures += predict_all(setup, [pair for pair in pairs if pair.name not in done], args)
     if "rle" in args.save:
-        from result_record import merge_run_lengths
-
         merge_run_lengths(setup.results.folder)
     print(f"results in {setup.results.folder}")
     return failures
@@ -328,16 +328,6 @@ def default_output(path: Path, pairs: Sequence["Pair"], threshold: float) -> Pat
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What was done before
-
-
-def write_description(setup: Setup) -> None:
-    """What the results mean, for dataset_utils.rethreshold and for people."""
-    from checkpoint import config_to_dict
-    from image_io import write_text
-    from result_record import DESCRIPTION
-
-    content = {"config": config_to_dict(setup.configs[0]), "threshold": setup.results.threshold}
-    write_text(setup.results.folder / DESCRIPTION, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def picture_digest(setup: Setup, pair: "Pair") -> str:

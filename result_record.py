@@ -6,14 +6,17 @@ earlier run of the same command, which may be replaced, from those of other flag
 
 import json
 import os
+import re
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from checkpoint import ModelConfig, config_to_dict
 from cli import UsageError
-from image_io import atomic_write
+from slide_writer import replacing
 from spool import naming
 
 RASTERS = {"mask": "masks", "prob": "raw", "labels": "labels"}  # kind -> folder
@@ -21,6 +24,7 @@ FOLDERS = {**RASTERS, "overlay": "overlays", "geojson": "geojson", "rle": "rle"}
 OBJECT_KINDS = {"labels", "geojson"}  # they also write objects/
 SUFFIXES = (".png", ".tif", ".ome.tif", ".geojson", ".csv")
 RECORD, DESCRIPTION = "predict.jsonl", "predict.json"  # what was done to each picture; what the classes are
+LEFTOVER_SECONDS = 3600
 RUN_LENGTHS = "rle.csv"  # of all pictures together
 
 Record = dict[str, list[dict[str, Any]]]
@@ -59,6 +63,7 @@ def find_done(folder: Path, digests: Mapping[str, str | None], kinds: Sequence[s
     Raises:
         UsageError: results of other flags, or of something else, are in the way.
     """
+    remove_leftovers(folder)
     before = look_before(folder, digests, kinds)
     if before.others and not overwrite:
         raise UsageError(
@@ -83,9 +88,19 @@ def look_before(folder: Path, digests: Mapping[str, str | None], kinds: Sequence
         elif own["done"] and not own["damage"] and all((folder / file).is_file() for file in own["files"]):
             before.done.add(name)
     if not record:  # of a folder of results they are parts
-        summary = [folder / RUN_LENGTHS] if "rle" in kinds else []
-        before.others += [path for path in (folder / DESCRIPTION, *summary) if path.exists()]
+        if "rle" in kinds and (folder / RUN_LENGTHS).exists():
+            before.others.append(folder / RUN_LENGTHS)
+        if (folder / DESCRIPTION).exists() and not is_description(folder / DESCRIPTION):
+            before.others.append(folder / DESCRIPTION)
     return before
+
+
+def is_description(path: Path) -> bool:
+    """Whether a file is predict.json of this toolkit, and not somebody else's of that name."""
+    try:
+        return "config" in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def read_record(path: Path) -> Record:
@@ -148,14 +163,28 @@ def end_record(folder: Path, name: str, digest: str, kinds: Sequence[str], files
     add_to_record(folder / RECORD, row)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Delete what image_io.atomic_write could not finish; what is young may be another command's that still works."""
+    for path in folder.glob("*/.*.tmp"):
+        if re.fullmatch(r"\.[0-9a-f]{32}\.tmp", path.name) and time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
+            path.unlink(missing_ok=True)
+
+
+def write_description(folder: Path, config: ModelConfig, threshold: float) -> None:
+    """What the results mean, for dataset_utils.rethreshold and for people."""
+    content = {"config": config_to_dict(config), "threshold": threshold}
+    with replacing(folder / DESCRIPTION) as file:
+        file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
 def merge_run_lengths(folder: Path) -> None:
     """rle.csv from the rows of every picture of the folder that has them, by name."""
     rows = [row for rows in read_record(folder / RECORD).values() for row in rows]
     paths = sorted({name for row in rows for name in row["files"] if name.startswith("rle/")})
-    with atomic_write(folder / RUN_LENGTHS, "w") as out:
-        out.write("id,predicted\n")
+    with replacing(folder / RUN_LENGTHS) as out:
+        out.write(b"id,predicted\n")
         for path in paths:
             if (folder / path).is_file():
-                with (folder / path).open(encoding="utf-8") as lines:
+                with (folder / path).open("rb") as lines:
                     next(lines)
                     shutil.copyfileobj(lines, out)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from checkpoint import ModelConfig
     from result_record import Record
-    from results import ResultOptions, filters_of
+    from results import ResultOptions
     from slide_io import Grid
 
 KINDS = ("mask", "labels", "geojson", "rle")
@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         failures = run(args)
     if failures:
         listed = "\n".join(f"  - {message}" for message in failures)
-        parser.exit(1, f"{parser.prog}: error: {len(failures)} findings, the rest is done:\n{listed}\n")
+        count = f"{len(failures)} finding{'s' if len(failures) > 1 else ''}"
+        parser.exit(1, f"{parser.prog}: error: {count}, the rest is done:\n{listed}\n")
 
 
 def run(args: argparse.Namespace) -> list[str]:
