@@ -341,7 +341,7 @@ class Run:
 
     def _fail(self, result: RowResult) -> None:
         self.failed.add(result.name)
-        self.findings.append(f"{result.name}: {result.error}")
+        self.findings += [*result.findings, f"{result.name}: {result.error}"]
 
     def tiles(self, kind: str) -> list[Placed]:
         """Tiles of a kind, by slide, row and column."""

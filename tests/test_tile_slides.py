@@ -1,4 +1,5 @@
 import csv
+import errno
 import json
 import os
 from fractions import Fraction
@@ -11,9 +12,10 @@ import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import slide_io
 from dataset_utils import tile_cutting, tile_slides
 from dataset_utils.tile_cutting import plan_origins
-from dataset_utils.tile_masks import LabelRule, MaskSource, TileMask, open_mask, shrink_labels
+from dataset_utils.tile_masks import LabelRule, MaskSource, TileMask, open_mask, shrink_labels, slide_id
 from geojson import GeoJsonWriter
 from image_io import read_image, read_mask, write_mask
 from polygons import trace_labels
@@ -677,6 +679,41 @@ def test_words_that_cannot_be(slides, capsys):
     (slides / "slides" / "a.png").unlink()
     assert "cannot be split" in fails(capsys, slides, "geo", "--val-share", "0.5", "--group-pattern", "^()")
     assert not (slides / "out").exists()
+
+
+def test_a_full_disk_is_named_and_the_run_goes_on_later(slides, capsys, monkeypatch):
+    whole = read_tree(run(slides, "rle.csv", out="whole"))
+    real = tile_cutting.write_image
+
+    def write(path, pixels):
+        if path.name.startswith("b_x96"):
+            raise OSError(errno.ENOSPC, "No space left on device; nothing was saved here", str(path))
+        real(path, pixels)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tile_cutting, "write_image", write)
+        message = fails(capsys, slides, "rle.csv")
+    assert message.count("\n  - ") == 1 and "b: [Errno 28] No space left" in message and "b_x96_y0.png" in message
+    assert {row["id"] for row in read_rows(slides / "out")} == {"a", "c"}, "a row of tiles counts when it is whole"
+    assert read_tree(run(slides, "rle.csv")) == whole
+
+
+def test_neither_slide_nor_mask_is_read_whole(slides, monkeypatch):
+    seen = {}
+    read = slide_io.Grid.read
+
+    def spy(self, *window):
+        seen.setdefault(self.path.parent.name, set()).add(window[2:])
+        return read(self, *window)
+
+    monkeypatch.setattr(slide_io.Grid, "read", spy)
+    run(slides, "masks", "--reduce", "2")
+    assert seen == {"slides": {(32, 32)}, "masks": {(64, 64), (64, 63), (63, 64), (63, 63)}}
+
+
+def test_slides_and_annotations_pair_by_id():
+    names = ["a.tif", "a.ome.tiff", "b.c.SVS", "b.OME.tif", "cafe\u0301.png"]
+    assert [slide_id(Path(name)) for name in names] == ["a", "a", "b.c", "b", "caf\u00e9"]
 
 
 def test_one_file_is_enough_for_one_slide(slides, capsys):
