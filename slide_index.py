@@ -8,6 +8,8 @@ import hashlib
 import json
 import math
 import os
+import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +27,14 @@ from tissue import Tissue, find_tissue
 INDEX_VERSION = 1
 CELL = 128  # pixels of a side; BAND_ROWS is a multiple
 OPEN_SLIDES = 8  # that a process keeps open
-_BROKEN = (OSError, ValueError, KeyError, EOFError)  # what reading a damaged .npz was seen to raise
+_BROKEN = (
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    zipfile.BadZipFile,
+    zlib.error,
+)  # of damaged .npz
 
 
 @dataclass(frozen=True)

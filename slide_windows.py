@@ -189,7 +189,7 @@ class SlidePair:
         outside = self.outside(*inner, decoded=True)
         if outside is not None:
             mask[outside] = IGNORE_INDEX
-        if image.shape[:2] == size:
+        if from_rows is rows and from_columns is columns:
             return image, mask
         places = np.ix_(from_rows - box[0], from_columns - box[2])
         image, mask = image[places], mask[places]
