@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from discs import write_split
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import blobs, write_checkpoint, write_slide
 
 import predict
@@ -425,3 +427,390 @@ def test_rle_of_all_runs_of_a_folder_are_merged(tmp_path, run):
         image = write_slide(tmp_path / f"{name}.tif", blobs(60, 50, seed=ord(name)))
         go(run, image, tmp_path / "out", "--save", "rle")
     assert [line.split(",")[0] for line in (tmp_path / "out" / "rle.csv").read_text().splitlines()] == ["id", "a", "b"]
+
+
+# ---- bad input ----
+
+
+def break_tile(path, number):
+    """Overwrite the bytes of one tile with nonsense."""
+    with tifffile.TiffFile(path) as tif:
+        offset, count = tif.pages[0].dataoffsets[number], tif.pages[0].databytecounts[number]
+    data = bytearray(path.read_bytes())
+    data[offset : offset + count] = b"\xff" * count
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("form", ["png", "ome"])
+def test_a_damaged_tile_is_named_and_the_rest_is_done(tmp_path, run, capsys, form):
+    pixels = blobs(300, 260, seed=2)
+    good, bad = (write_slide(tmp_path / name / "slide.tif", pixels) for name in ("good", "bad"))
+    break_tile(bad, 7)  # row 1, column 2
+    words = flags(run, bad, tmp_path / "out", "--save", "mask,prob", "--format", form)
+    error = stopped(1, capsys, *words)
+    assert error.count("bad/slide.tif") == 1 and "1 finding, the rest is done" in error
+    assert "row 1, column 2" in error and "64" in error
+    go(run, good, tmp_path / "whole", "--save", "mask,prob", "--format", form)
+    suffix = ".png" if form == "png" else ".ome.tif"
+    found, whole = (read_image(tmp_path / name / "raw" / f"slide{suffix}")[..., 0] for name in ("out", "whole"))
+    assert (found[64:128, 128:192] == 0).all(), "what cannot be decoded is background"
+    far = np.ones((300, 260), bool)
+    far[:200, 60:260] = False  # tiles that saw the hole
+    np.testing.assert_array_equal(found[far], whole[far])
+    capsys.readouterr()
+    error = stopped(1, capsys, *words)
+    assert "row 1, column 2" in error, "it is tried again"
+    bad.write_bytes(good.read_bytes())
+    assert "in the way" in stopped(2, capsys, *words)
+    predict.main([*words, "--overwrite"])
+    np.testing.assert_array_equal(read_image(tmp_path / "out" / "raw" / f"slide{suffix}")[..., 0], whole)
+
+
+def test_fill_decides_what_the_network_sees_in_a_hole(tmp_path, run, capsys):
+    bad = write_slide(tmp_path / "slide.tif", blobs(300, 260, seed=2))
+    break_tile(bad, 7)
+    found = []
+    for value in ("0", "120", None):
+        words = flags(run, bad, tmp_path / str(value), "--save", "prob", *(["--fill", value] if value else []))
+        stopped(1, capsys, *words)
+        found.append(read_image(tmp_path / str(value) / "raw" / "slide.png"))
+    assert (found[0] != found[1]).any()
+    np.testing.assert_array_equal(found[1], found[2])  # the mean of training is the default
+    error = stopped(1, capsys, *flags(run, bad, tmp_path / "x", "--fill", "300"))
+    assert "fill [300.0, 300.0, 300.0] does not fit" in error and "slide.tif" in error
+
+
+def test_damage_that_a_killed_run_met_is_not_forgotten(tmp_path, run, capsys, monkeypatch):
+    import results
+
+    bad = write_slide(tmp_path / "slide.tif", blobs(1300, 120, seed=2))
+    break_tile(bad, 1)
+    words = flags(run, bad, tmp_path / "out", "--format", "ome")
+    add, calls = results.Results.add, []
+
+    def interrupted(self, probs):
+        add(self, probs)
+        calls.append(1)
+        if len(calls) == 16:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(results.Results, "add", interrupted)
+    stopped(130, capsys, *words)
+    monkeypatch.undo()
+    os.chdir(tmp_path)
+    error = stopped(1, capsys, *words)
+    assert "row 0, column 1" in error
+
+
+def test_broken_files_in_a_folder_are_named_once_and_the_rest_is_done(tmp_path, run, capsys):
+    folder = tmp_path / "in"
+    for name in "abc":
+        save(folder / f"{name}.png", blobs(60, 50))
+    whole = (folder / "b.png").read_bytes()
+    (folder / "b.png").write_bytes(whole[: len(whole) // 2])
+    slide = write_slide(folder / "d.tif", blobs(200, 150))
+    slide.write_bytes(slide.read_bytes()[:-9000])
+    write_slide(folder / "e.tif", blobs(90, 80, channels=1)[..., 0], photometric="minisblack")
+    error = stopped(1, capsys, *flags(run, folder, tmp_path / "out", "--save", "mask,rle"))
+    assert [error.count(f"{name}.") for name in ("b", "e")] == [1, 1]
+    assert "e.tif has 1 channels, the network takes 3 (red green blue); convert the image" in error
+    done = sorted(path.stem for path in (tmp_path / "out" / "masks").iterdir())
+    assert {"a", "c"} <= set(done) and not {"b", "e"} & set(done)
+    assert "b.png" in error and "d.tif" in error
+    names = [line.split(",")[0] for line in (tmp_path / "out" / "rle.csv").read_text().splitlines()]
+    assert names[1:] == done
+    (folder / "b.png").write_bytes(whole)
+    error = stopped(1, capsys, *flags(run, folder, tmp_path / "out", "--save", "mask,rle"))
+    assert (tmp_path / "out" / "masks" / "b.png").is_file() and "b.png" not in error
+
+
+def test_an_unknown_compression_names_the_package(tmp_path, run, capsys):
+    path = tmp_path / "odd.tif"
+    write_slide(path, blobs(90, 80), compression=None)
+    with tifffile.TiffFile(path, mode="r+b") as tif:
+        tif.pages[0].tags[259].overwrite(34676)
+    error = stopped(1, capsys, *flags(run, path, tmp_path / "out"))
+    assert "odd.tif" in error and "pip install" in error and "imagecodecs" in error
+
+
+KINDS_OF_TIFF = {
+    "rgba": (lambda p: np.dstack([p, p[..., :1]]), {"extrasamples": ["unassalpha"]}, ""),
+    "planar": (lambda p: p.transpose(2, 0, 1), {"planarconfig": "separate"}, ""),
+    "sixteen": (lambda p: p.astype(np.uint16) * 257, {}, "its pixels are uint16, the network was trained on uint8"),
+    "float": (lambda p: p.astype(np.float32), {}, "its pixels are float32"),
+    "strips": (lambda p: p, {"tile": None, "rowsperstrip": 7}, ""),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_TIFF)
+def test_kinds_of_tiff_that_work(tmp_path, run, capsys, kind):
+    turn, options, note = KINDS_OF_TIFF[kind]
+    pixels = blobs(90, 80)
+    image = write_slide(tmp_path / "a.tif", turn(pixels), **options)
+    go(run, image, tmp_path / "out", "--save", "prob")
+    assert note in capsys.readouterr().out
+    go(run, write_slide(tmp_path / "plain" / "a.tif", pixels), tmp_path / "plain", "--save", "prob")
+    if kind != "sixteen":
+        found, plain = (read_image(folder / "raw" / "a.png") for folder in (tmp_path / "out", tmp_path / "plain"))
+        np.testing.assert_array_equal(found, plain)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "part"),
+    [
+        ((2, 1, 3, 64, 64), "TZCYX", "2 points in time"),
+        ((1, 5, 3, 64, 64), "TZCYX", "5 slices in depth"),
+    ],
+)
+def test_stacks_are_refused(tmp_path, run, capsys, shape, axes, part):
+    tifffile.imwrite(tmp_path / "a.ome.tif", np.zeros(shape, np.uint8), ome=True, metadata={"axes": axes})
+    error = stopped(1, capsys, *flags(run, tmp_path / "a.ome.tif", tmp_path / "out"))
+    assert "a.ome.tif" in error and part in error and "save each as a file of its own" in error
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 200), (200, 1), (5, 7), (63, 65)])
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_small_images(tmp_path, run, size, suffix):
+    save(tmp_path / f"a{suffix}", blobs(*size))
+    out = go(run, tmp_path / f"a{suffix}", tmp_path / "out", "--save", ALL, "--min-area", 2)
+    assert read_mask(out / "masks" / "a.png").shape == size == read_mask(out / "labels" / "a.png").shape
+    assert read_image(out / "overlays" / "a.png").shape == (*size, 3)
+
+
+def test_scales_that_cannot_be(tmp_path, run, capsys):
+    image = write_slide(tmp_path / "a.tif", blobs(200, 180))
+    words = flags(run, image, tmp_path / "out")
+    assert "a.tif does not say how many microns a pixel is" in stopped(1, capsys, *words, "--mpp", "0.5")
+    assert "--reduce 0.5 would enlarge the image; expected 1 or more" in stopped(2, capsys, *words, "--reduce", "0.5")
+    assert "a.tif has no level 9; expected one of: 0 (200x180" in stopped(1, capsys, *words, "--level", "9")
+    assert "not allowed with" in stopped(2, capsys, *words, "--reduce", "2", "--mpp", "0.5")
+    assert "expected a number above 0" in stopped(2, capsys, *words, "--mpp", "0")
+    go(run, image, tmp_path / "tiny", "--reduce", "500")
+    assert read_mask(tmp_path / "tiny" / "masks" / "a.png").shape == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--halo", "20"], "overlap 16 is less than twice the halo 20"),
+        (["--overlap", "64"], "tile 64 and overlap 64 leave no step of at least the stride 16. Use a tile of 80"),
+        (["--overlap", "0.95"], "tile 64 and overlap 61 leave no step"),
+        (["--tile-size", "32", "--overlap", "40"], "tile 32 and overlap 40 leave no step"),
+        (["--closing", "4"], "--closing is 4, expected 0 or an odd side"),
+        (["--fill-holes", "-3"], "--fill-holes is -3"),
+        (["--save", "mask,maks"], "'mask,maks': expected some of mask, prob"),
+        (["-t", "best", "--ensemble"], "-t best: the checkpoint stores no best threshold"),
+        (["--device", "cuda:99"], "--device cuda:99"),
+    ],
+)
+def test_flags_that_cannot_be(tmp_path, run, capsys, words, part):
+    image = write_slide(tmp_path / "a.tif", blobs(90, 80))
+    given = [word for word in flags(run, image, tmp_path / "out") if word != "--cpu" or "--device" not in words]
+    assert part in stopped(2, capsys, *given, *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_that_are_not_there(tmp_path, run, capsys):
+    (tmp_path / "empty").mkdir()
+    save(tmp_path / "one" / "a.png", blobs(40, 40))
+    save(tmp_path / "two" / "a.png", blobs(40, 40))
+    out = tmp_path / "out"
+    assert "the folder" in stopped(1, capsys, *flags(run, tmp_path / "empty", out))
+    assert "*.jpg names no image or slide" in stopped(1, capsys, *flags(run, tmp_path / "one" / "*.jpg", out))
+    error = stopped(2, capsys, *flags(run, [tmp_path / "one", tmp_path / "two"], out))
+    assert "would both write results named 'a'" in error and "one/a.png" in error and "two/a.png" in error
+    assert not out.exists()
+    go(run, tmp_path / "on*" / "*.png", out)
+    assert (out / "masks" / "a.png").exists()
+
+
+def test_extra_channels(tmp_path, capsys):
+    write_checkpoint(
+        tmp_path / "run" / "best.pth",
+        channels=("red", "green", "blue", "nir"),
+        add_dirs=("nir",),
+        mean=(120.0,) * 4,
+        std=(40.0,) * 4,
+    )
+    for name in "ab":
+        save(tmp_path / "data" / "images" / f"{name}.png", blobs(90, 80))
+    words = ["-cd", tmp_path / "run", "--cpu", "--backend", "torch", "--thumbnails", 0, "-o", tmp_path / "out"]
+    error = stopped(2, capsys, *words, "-i", tmp_path / "data" / "images")
+    assert "the network also takes the channels nir: give -d DIR with images/ and nir" in error
+    error = stopped(1, capsys, *words, "-d", tmp_path / "data")
+    assert "nir does not exist" in error
+    save(tmp_path / "data" / "nir" / "a.png", blobs(90, 80, channels=1))
+    write_mask(tmp_path / "data" / "gt" / "z.png", np.zeros((9, 9), np.uint8))
+    error = stopped(1, capsys, *words, "-d", tmp_path / "data")
+    assert "b.png has no partner in" in error and "a.png" not in error
+    assert (tmp_path / "out" / "masks" / "a.png").exists(), "that no mask belongs to it does not matter"
+    save(tmp_path / "data" / "nir" / "b.png", blobs(91, 80, channels=1))
+    error = stopped(1, capsys, *words, "-d", tmp_path / "data")
+    assert "b.png is 91x80, its image" in error and "sizes must agree" in error
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, run, capsys):
+    image = write_slide(tmp_path / "a.tif", blobs(90, 80))
+    (tmp_path / "file").write_text("")
+    error = stopped(1, capsys, *flags(run, image, tmp_path / "file" / "out"))
+    assert str(tmp_path / "file") in error and "Not a directory" in error
+
+
+# ---- several networks, several views ----
+
+
+def test_an_ensemble_is_the_mean_of_its_members(tmp_path, capsys):
+    image = write_slide(tmp_path / "a.tif", blobs(150, 130))
+    single = []
+    for seed in range(3):
+        write_checkpoint(tmp_path / "runs" / f"r{seed}" / "best.pth", seed=seed, mean=(100.0 + 10 * seed,) * 3)
+        out = go(tmp_path / "runs" / f"r{seed}", image, tmp_path / f"single{seed}", "--save", "prob")
+        single.append(read_image(out / "raw" / "a.png").astype(np.float64))
+    out = go(tmp_path / "runs", image, tmp_path / "out", "--save", "prob", "--ensemble")
+    found = read_image(out / "raw" / "a.png").astype(np.float64)
+    assert np.abs(found - np.mean(single, axis=0)).max() <= 1.01 and np.abs(single[0] - single[1]).max() > 1000
+    error = stopped(2, capsys, "-c", tmp_path / "runs" / "r0" / "best.pth", "-i", image, "--ensemble", "--cpu")
+    assert "--ensemble averages the checkpoints of a folder: give it with -cd DIR" in error
+    write_checkpoint(tmp_path / "runs" / "r3" / "best.pth", classes=4)
+    error = stopped(2, capsys, *flags(tmp_path / "runs", image, tmp_path / "x", "--ensemble"))
+    assert "r0/best.pth has class_names ('background', 'object')" in error and "r3/best.pth" in error
+
+
+def test_members_of_other_strides_get_sides_that_suit_all(tmp_path):
+    write_checkpoint(tmp_path / "runs" / "a" / "best.pth", seed=0)
+    write_checkpoint(tmp_path / "runs" / "b" / "best.pth", seed=1, stride=48, min_side=96)
+    import predictor
+
+    seen, original = [], predictor.mean_of
+
+    def spy(forwards, channels):
+        forward = original(forwards, channels)
+        return lambda batch: (seen.append(batch.shape[2:]), forward(batch))[1]
+
+    predictor.mean_of = spy
+    try:
+        go(tmp_path / "runs", write_slide(tmp_path / "a.tif", blobs(50, 130)), tmp_path / "out", "--ensemble")
+    finally:
+        predictor.mean_of = original
+    assert set(seen) == {(96, 96)}
+
+
+@pytest.mark.parametrize("tta", ["flips", "d4"])
+def test_views_are_averaged(tmp_path, run, tta):
+    pixels = blobs(64, 64)
+    write_slide(tmp_path / "a.tif", pixels)
+    write_slide(tmp_path / "b.tif", pixels[:, ::-1])
+    out = go(run, [tmp_path / "a.tif", tmp_path / "b.tif"], tmp_path / "out", "--save", "prob", "--tta", tta)
+    one, other = (read_image(out / "raw" / f"{name}.png").astype(int) for name in "ab")
+    assert np.abs(one - other[:, ::-1]).max() <= 2, "a mirrored picture gives the mirrored answer"
+
+
+def test_whole_image_networks(tmp_path, capsys):
+    from checkpoint import Geometry
+
+    write_checkpoint(tmp_path / "run" / "best.pth", geometry=Geometry("resize", (64, 96)))
+    image = write_slide(tmp_path / "a.tif", blobs(150, 130))
+    for words in (["--tta", "flips"], ["--tissue", "otsu"]):
+        error = stopped(2, capsys, *flags(tmp_path / "run", image, tmp_path / "out", *words))
+        assert "--tissue and --tta are for networks trained on crops" in error
+    go(tmp_path / "run", image, tmp_path / "out", "--tile-size", 32)
+    assert "tile flags have no effect" in capsys.readouterr().out
+    assert read_mask(tmp_path / "out" / "masks" / "a.png").shape == (150, 130)
+
+
+def test_onnx_gives_nearly_the_same(tmp_path, run):
+    image = write_slide(tmp_path / "a.tif", blobs(150, 130))
+    for backend in ("torch", "onnx"):
+        go(run, image, tmp_path / backend, "--save", "prob", "--backend", backend)
+    one, other = (read_image(tmp_path / name / "raw" / "a.png").astype(int) for name in ("torch", "onnx"))
+    assert np.abs(one - other).max() <= 20
+
+
+# ---- tissue, pictures, privacy ----
+
+
+def test_tissue(tmp_path, run, capsys):
+    pixels = np.full((700, 900, 3), 240, np.uint8)
+    pixels[200:420, 300:600] = blobs(220, 300) // 2 + np.array([100, 0, 100], np.uint8)
+    image = write_slide(tmp_path / "a.tif", pixels)
+    go(run, image, tmp_path / "all", "--save", "prob")
+    go(run, image, tmp_path / "some", "--save", "prob", "--tissue", "saturation")
+    text = capsys.readouterr().out
+    assert "a: tissue on " in text and "of the tiles skipped" in text
+    whole, some = (read_image(tmp_path / name / "raw" / "a.png")[..., 0] for name in ("all", "some"))
+    inside = some > 0
+    assert inside[200:420, 300:600].mean() > 0.99 and 0.05 < inside.mean() < 0.4
+    np.testing.assert_array_equal(some[inside], whole[inside])
+    assert (some[:100] == 0).all() and (some[600:] == 0).all()
+
+
+def test_reduced_polygons_cover_the_enlarged_mask(tmp_path, run):
+    import shapely
+
+    image = write_slide(tmp_path / "a.tif", blobs(401, 300), resolution=(20000, 20000), resolutionunit="CENTIMETER")
+    out = go(run, image, tmp_path / "out", "--reduce", "2", "--save", "mask,geojson", "--format", "ome")
+    mask = read_mask(out / "masks" / "a.ome.tif")
+    assert mask.shape == (201, 150)
+    drawn = np.zeros((402, 300), np.uint8)
+    for feature in json.loads((out / "geojson" / "a.geojson").read_text())["features"]:
+        shape = shapely.geometry.shape(feature["geometry"])
+        left, top, right, bottom = map(int, shape.bounds)
+        rows, columns = np.mgrid[top:bottom, left:right]
+        drawn[top:bottom, left:right] |= shapely.contains_xy(shape, columns + 0.5, rows + 0.5)
+    np.testing.assert_array_equal(drawn, mask.repeat(2, axis=0).repeat(2, axis=1))
+    with tifffile.TiffFile(out / "masks" / "a.ome.tif") as tif:
+        assert 'PhysicalSizeX="1.0"' in tif.ome_metadata
+    go(run, image, tmp_path / "full", "--reduce", "2", "--full-size", "--save", "mask")
+    assert read_mask(tmp_path / "full" / "masks" / "a.png").shape == (401, 300)
+
+
+def test_exif_orientation(tmp_path, run):
+    from PIL import Image
+
+    pixels = blobs(90, 140)
+    turned = Image.fromarray(np.ascontiguousarray(np.rot90(pixels)))
+    exif = turned.getexif()
+    exif[274] = 6
+    turned.save(tmp_path / "turned.png", exif=exif)
+    save(tmp_path / "plain.png", pixels)
+    out = go(run, [tmp_path / "plain.png", tmp_path / "turned.png"], tmp_path / "out")
+    np.testing.assert_array_equal(read_mask(out / "masks" / "turned.png"), read_mask(out / "masks" / "plain.png"))
+
+
+def test_thumbnails_are_in_tensorboard(tmp_path, run):
+    save(tmp_path / "in" / "a.png", blobs(90, 140))
+    save(tmp_path / "in" / "b.png", blobs(90, 140))
+    go(run, tmp_path / "in", tmp_path / "out", "--thumbnails", 1, "-log", tmp_path / "logs", "--exp-name", "seen")
+    events = EventAccumulator(str(tmp_path / "logs" / "seen"), size_guidance={"images": 0})
+    events.Reload()
+    assert events.Tags()["images"] == ["predict/a"]
+    picture = events.Images("predict/a")[0]
+    assert (picture.height, picture.width) == (90, 140)
+    go(run, tmp_path / "in", tmp_path / "out", "-log", tmp_path / "again", "--thumbnails", 1)
+    assert not (tmp_path / "again").exists(), "nothing was done, nothing is logged"
+
+
+def test_names_of_patients_labels_and_macros_stay_in_the_slide(tmp_path, run, capsys):
+    secret = "Jane Doe 1950"
+    path = tmp_path / "slide.svs"
+    with tifffile.TiffWriter(path) as tif:
+        words = f"Aperio Image Library v1\n300x260 |AppMag = 20|MPP = 0.5|Patient = {secret}"
+        tags = [(315, "s", 0, secret, True), (316, "s", 0, secret, True)]
+        common = {"photometric": "rgb", "metadata": None, "extratags": tags}
+        tif.write(blobs(260, 300), tile=(64, 64), compression="zlib", description=words, **common)
+        for name in ("label", "macro"):
+            colour = np.full((70, 60, 3), (1, 2, 250), np.uint8)
+            tif.write(colour, rowsperstrip=70, description=f"Aperio\n{name} 60x70", subfiletype=1, **common)
+    save_all = ["--save", ALL, "--thumbnails", 1, "-log", tmp_path / "logs"]
+    for form in ("ome", "flat", "tiff", "png"):
+        go(run, path, tmp_path / form, "--format", form, *save_all)
+    printed = capsys.readouterr()
+    assert "Jane" not in printed.out + printed.err
+    for file in [*tmp_path.rglob("*")]:
+        if file.is_file() and file != path:
+            assert b"Jane" not in file.read_bytes(), file
+            if file.suffix == ".tif":
+                with tifffile.TiffFile(file) as tif:
+                    assert all(page.shape != (70, 60, 3) for page in tif.pages) and len(tif.series) == 1
+    overlay = read_image(tmp_path / "ome" / "overlays" / "slide.png")
+    assert overlay.shape == (260, 300, 3) and not (overlay == (1, 2, 250)).all(axis=2).any()

@@ -63,6 +63,6 @@ def blobs(height, width, seed=0, channels=3, dtype=np.uint8):
 def write_slide(path, pixels, *, tile=64, **options):
     """Write a tiled, compressed TIFF."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    options = {"tile": (tile, tile), "compression": "zlib", "photometric": "rgb", "metadata": None} | options
+    options = {"tile": tile and (tile, tile), "compression": "zlib", "photometric": "rgb", "metadata": None} | options
     tifffile.imwrite(path, pixels, **options)
     return path
