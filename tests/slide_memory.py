@@ -1,5 +1,5 @@
-"""Prints by how many megabytes the peak grows while a slide is scanned, indexed, sampled and scored; see
-test_slides_training."""
+"""Prints by how many megabytes the peak grows while a slide is scanned, indexed and sampled, and when it was scored too;
+see test_slides_training."""
 
 import resource
 import sys
@@ -45,12 +45,13 @@ def main() -> None:
     data = TrainingSet([pair], classes, config, augmentation)
     for seed in range(60):
         data[(Slot(0, seed, 1 if seed % 2 else None),)]
+    trained = peak() - before
     forward = lambda batch: np.ascontiguousarray(1 - batch[:, :1].clip(-1, 1) / 2 - 0.5)  # noqa: E731
     evaluation = EvaluationSet([pair], classes, config)
     predictions = trainer.predict_samples(forward, evaluation, workers=0)
     result = trainer.evaluate(predictions, trainer.build_scorer(config), keep_worst=1)
     assert result.summary["pixels"] == 12_000 * 12_000
-    sys.stdout.write(f"{peak() - before:.1f}")
+    sys.stdout.write(f"{trained:.1f} {peak() - before:.1f}")
 
 
 if __name__ == "__main__":

@@ -700,7 +700,7 @@ def test_the_tissue_rule_follows_the_slides(tmp_path, mpp, expected):
 
 @pytest.mark.slow
 def test_a_large_slide_takes_little_memory(tmp_path):
-    """12,000 x 12,000 pixels, 432 MB decoded: scanned, indexed, windows taken, and predicted, below 300 MB more."""
+    """12,000 x 12,000 pixels, 432 MB decoded: with 200 MB more to train on it, 400 MB to score it too."""
     side, tile = 12_000, 512
     image, mask = draw_slide(1, (1000, 1000))
 
@@ -719,5 +719,5 @@ def test_a_large_slide_takes_little_memory(tmp_path):
     command = [sys.executable, str(program), str(path), str(tmp_path / "s.geojson")]
     result = subprocess.run(command, cwd=program.parent.parent, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    growth = float(result.stdout)
-    assert growth < 300, f"{growth:.0f} MB"
+    trained, scored = map(float, result.stdout.split())
+    assert trained < 200 and scored < 400, f"{trained:.0f} MB to train, {scored:.0f} MB in all"
