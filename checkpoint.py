@@ -4,7 +4,7 @@ import pickle
 import re
 import struct
 import warnings
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,23 @@ class ModelConfig:
     def num_logits(self) -> int:
         """One for a single class against the background, else one for every class."""
         return 1 if len(self.class_names) == 2 and 0 not in self.labels else len(self.class_names)
+
+    @property
+    def tile_batch(self) -> int:
+        """Tiles that are predicted at a time: as many pixels as a batch of training had, so that they fit into memory.
+
+        On a CPU this is also quick: a large tile by itself stays in the cache.
+        """
+        if self.geometry.kind == "resize":
+            return self.batch
+        return max(1, self.batch * self.geometry.size[0] * self.geometry.size[1] // self.geometry.tile**2)
+
+    def with_tile_batch(self, tiles: int) -> "ModelConfig":
+        """The same network with another number of tiles at a time."""
+        if self.geometry.kind == "resize":
+            return replace(self, batch=tiles)
+        crop = self.geometry.size[0] * self.geometry.size[1]
+        return replace(self, batch=-(-tiles * self.geometry.tile**2 // crop))
 
 
 def _plain(value: Any) -> Any:

@@ -73,14 +73,20 @@ def add_switch(group: argparse._ArgumentGroup, *names: str, default: bool = Fals
     group.add_argument(*names, action=argparse.BooleanOptionalAction, default=default, help=help)
 
 
-def add_run_args(parser: argparse.ArgumentParser, *, batch: int | None, workers: int = 2) -> None:
-    """Add batch size, loader processes, seed and device."""
+def add_run_args(
+    parser: argparse.ArgumentParser, *, batch: int | None, workers: int = 2, predicts: bool = False
+) -> None:
+    """Add batch size, loader processes, seed and device; a command that only predicts has nothing random."""
     group = parser.add_argument_group("run")
-    group.add_argument("-b", "--batch", type=positive_int, default=batch, metavar="N", help="images or crops at a time")
-    group.add_argument(
-        "-w", "--workers", type=natural, default=workers, metavar="N", help="loader processes; 0 loads in this one"
-    )
-    group.add_argument("--seed", type=natural, default=42, metavar="N", help="seed of everything random")
+    size = "tiles at a time; default: the pixels of a training batch" if batch is None else "images or crops at a time"
+    group.add_argument("-b", "--batch", type=positive_int, default=batch, metavar="N", help=size)
+    ahead = "batches that are read ahead; 0 reads in between" if predicts else "loader processes; 0 loads in this one"
+    group.add_argument("-w", "--workers", type=natural, default=workers, metavar="N", help=ahead)
+    if predicts:
+        precisions = ("no", "fp16", "bf16")
+        group.add_argument("--amp", choices=precisions, help="precision; default: fp16 on a GPU, no on a CPU")
+    else:
+        group.add_argument("--seed", type=natural, default=42, metavar="N", help="seed of everything random")
     group.add_argument(
         "--device", default="auto", metavar="NAME", help="auto (cuda, then mps, then cpu), cpu, cuda, cuda:N or mps"
     )

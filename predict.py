@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from predictor import Picture, Plan, ReadOptions, TileOptions
     from results import Frame, ResultOptions, Results
 
+TISSUE_RULES = ("saturation", "otsu")
 KINDS = ("mask", "prob", "overlay", "labels", "geojson", "rle")
 
 
@@ -41,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser("Predict images and slides of any size: masks, probabilities, overlays, polygons.")
     cli.add_checkpoint_args(parser, several=True)
     cli.add_threshold_args(parser)
-    cli.add_run_args(parser, batch=None)
+    cli.add_run_args(parser, batch=None, predicts=True)
     cli.add_backend_args(parser)
     cli.add_log_args(parser, tables=False)
     cli.add_filter_args(parser)
@@ -81,9 +82,7 @@ def add_scale_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--fill", type=float, metavar="V", help="value of pixels that cannot be decoded; default: the training's mean"
     )
-    group.add_argument(
-        "--tissue", choices=("saturation", "otsu"), default=None, help="predict only where a thumbnail shows tissue"
-    )
+    cli.add_tissue_arg(group)
 
 
 def add_tile_args(parser: argparse.ArgumentParser) -> None:
@@ -242,7 +241,7 @@ def build_setup(
     threshold = cli.pick_threshold(args.thres, config.thresholds, config.num_logits)
     if args.reduce and args.reduce < 1:
         raise cli.UsageError(f"--reduce {args.reduce:g} would enlarge the image; expected 1 or more")
-    if config.geometry.kind == "resize" and (args.tissue or args.tta != "none"):
+    if config.geometry.kind == "resize" and (args.tissue in TISSUE_RULES or args.tta != "none"):
         raise cli.UsageError("--tissue and --tta are for networks trained on crops; this one sees whole images resized")
     tiles = tile_options(args, configs)
     backend, work = args.backend, 0.0
@@ -250,16 +249,23 @@ def build_setup(
         backend = "auto"
     elif backend == "auto" and device == "cpu":
         work = megapixels(pairs) * len(paths)
-    forwards, engine = [], []
+    amp = "no" if device == "cpu" or args.amp == "no" else args.amp or "fp16"
+    forwards, engine = [], [amp]
     for path in paths:
-        each, forward, note = load_forward(path, device, backend=backend, megapixels=work or None)
+        each, forward, note = load_forward(path, device, backend=backend, megapixels=work or None, amp=amp)
         forwards.append(forward)
         engine.append(note.split(",")[0])
         print(f"checkpoint {path}: {each.architecture} {each.encoder}, {each.geometry.kind}; {note}")
     folder = args.output_dir or default_output(paths[0], pairs, threshold)
     read = ReadOptions(args.reduce, args.level, args.mpp, args.max_decoded_gb, args.fill)
     results = ResultOptions(folder, args.save, args.format, threshold, filters_of(args), args.decimal, args.geo)
-    choices = [asdict(read), asdict(tiles), asdict(replace(results, folder=Path())), args.full_size, args.backend]
+    choices = [
+        asdict(read),
+        asdict(replace(tiles, ahead=0)),
+        asdict(replace(results, folder=Path())),
+        args.full_size,
+        args.backend,
+    ]
     content = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
     return Setup(
         configs,
@@ -283,11 +289,10 @@ def tile_options(args: argparse.Namespace, configs: Sequence["ModelConfig"]) -> 
     from tiling import plan_axis, round_up
 
     geometry = configs[0].geometry
-    batch = args.batch or min(config.batch for config in configs)
     if geometry.kind == "resize":
         if args.tile_size or args.overlap is not None or args.halo is not None:
             print(f"warning: the network sees whole images resized to {geometry.size}: tile flags have no effect")
-        return TileOptions(max(geometry.size), 0, 0, batch=batch)
+        return TileOptions(max(geometry.size), 0, 0, batch=1)
     stride, min_side = common_sides(configs)
     side = round_up(max(args.tile_size or geometry.tile, min_side), stride)
     given = args.overlap
@@ -302,7 +307,9 @@ def tile_options(args: argparse.Namespace, configs: Sequence["ModelConfig"]) -> 
         raise cli.UsageError(f"--tile-size, --overlap and --halo do not go together: {error}") from error
     if changed:
         print(f"warning: the tile was {geometry.tile} in the evaluation of training, now {side}")
-    return TileOptions(side, overlap, halo, args.blend, args.tta, batch, args.tissue or "")
+    again = [replace(config, geometry=replace(config.geometry, tile=side)) for config in configs]
+    batch = args.batch or min(config.tile_batch for config in again)
+    return TileOptions(side, overlap, halo, args.blend, args.tta, batch, args.tissue, args.workers)
 
 
 def megapixels(pairs: Sequence["Pair"]) -> float:
@@ -411,7 +418,7 @@ def predict_one(setup: Setup, pair: "Pair", writer: Any) -> list[str]:
     with Picture(pair, setup.configs, setup.read) as picture:
         for note in picture.notes:
             print(f"warning: {pair.name}: {note}")
-        plan = plan_picture(picture, setup.tiles, full_size=setup.full_size)
+        plan = plan_picture(picture, tiles_for(setup, pair), full_size=setup.full_size)
         if plan.tissue:
             skipped = 1 - plan.tiles / (len(plan.rows.origins) * len(plan.cols.origins))
             print(f"{pair.name}: tissue on {plan.tissue.share:.1%} of the slide, {skipped:.1%} of the tiles skipped")
@@ -422,15 +429,26 @@ def predict_one(setup: Setup, pair: "Pair", writer: Any) -> list[str]:
             megapixel = fill_rows(setup, picture, plan, results)
             summary = results.finish(lambda step: thumbnail(picture, frame, step), with_picture=writer is not None)
             damage = results.damage
-            end_record(folder, pair.name, digest, kinds, summary.files, damage=damage, scale=frame.scale, mpp=frame.mpp)
+            seconds = time.perf_counter() - begin
+            facts = {"damage": damage, "scale": frame.scale, "mpp": frame.mpp}
+            end_record(folder, pair.name, digest, kinds, summary.files, facts, durable=seconds > 1)
             results.remove()
-    seconds = time.perf_counter() - begin
     print(f"{pair.name}: {summary.text()}; {megapixel:.1f} MP in {seconds:.1f} s, {megapixel / seconds:.2f} MP/s")
     if writer is not None and summary.picture is not None:
         from run_folder import shrink_panel
 
         writer.add_image(f"predict/{pair.name}", shrink_panel(summary.picture), dataformats="HWC")
     return damage
+
+
+def tiles_for(setup: Setup, pair: "Pair") -> "TileOptions":
+    """How one image is cut: with --tissue auto, slides get the rule of the training, and other images none."""
+    from slide_windows import SlideOptions, is_slide
+
+    rule = setup.tiles.tissue
+    if rule == "auto":
+        rule = setup.configs[0].tissue if is_slide(pair, SlideOptions.from_config(setup.configs[0])) else "none"
+    return replace(setup.tiles, tissue="" if rule == "none" else rule)
 
 
 def fill_rows(setup: Setup, picture: "Picture", plan: "Plan", results: "Results") -> float:
@@ -524,7 +542,7 @@ def estimate(setup: Setup, pairs: Sequence["Pair"]) -> list[str]:
     for pair in pairs:
         try:
             with Picture(pair, setup.configs, setup.read) as picture:
-                plan = plan_picture(picture, setup.tiles, full_size=setup.full_size)
+                plan = plan_picture(picture, tiles_for(setup, pair), full_size=setup.full_size)
                 frame = frame_of(pair.name, picture, plan)
                 memory = memory_needed(picture, plan, setup.tiles)
                 likely, most = disk_needed(frame, setup.configs[0], setup.results)
@@ -538,7 +556,8 @@ def estimate(setup: Setup, pairs: Sequence["Pair"]) -> list[str]:
             f"{likely / 1e9:>6.2f} GB {most / 1e9:>6.2f} GB {spell_time(windows * seconds):>9}"
         )
     free = shutil.disk_usage(existing_parent(setup.results.folder)).free
-    print(f"{len(pairs)} images, {spell_time(total)} at {seconds:.3f} s a window; {free / 1e9:.1f} GB free")
+    count = f"{len(pairs)} image{'s' if len(pairs) > 1 else ''}"
+    print(f"{count}, {spell_time(total)} at {seconds:.3f} s a window; {free / 1e9:.1f} GB free")
     return failures
 
 

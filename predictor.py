@@ -266,7 +266,7 @@ def _spell(scale: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class TileOptions:
-    """How an image is cut: see tiling.predict_bands. tissue: a rule of tissue.RULES or empty."""
+    """How an image is cut: see tiling.predict_bands. tissue: a rule of tissue.RULES, or empty for none."""
 
     tile: int
     overlap: int
@@ -275,6 +275,7 @@ class TileOptions:
     tta: str = "none"
     batch: int = 1
     tissue: str = ""
+    ahead: int = 2
 
 
 @dataclass(frozen=True)
@@ -374,7 +375,7 @@ def _native_bands(
         keep=plan.keep,
         channels=config.num_logits,
         first_row=first_row,
-        ahead=2 if plan.tiles > options.batch else 0,
+        ahead=options.ahead if plan.tiles > options.batch else 0,
     )
     for top, band in bands:
         yield top, band.copy()

@@ -98,7 +98,7 @@ def _predict_native(forward: Forward, samples: Sequence[Sample], config: ModelCo
                 halo=geometry.halo,
                 stride=config.stride,
                 min_side=config.min_side,
-                batch_size=config.batch,
+                batch_size=config.tile_batch,
             )
         except RuntimeError as error:
             raise RuntimeError(f"{sample.pair.image}: {error}") from error

@@ -122,7 +122,8 @@ def with_overrides(config: ModelConfig, args: argparse.Namespace) -> ModelConfig
             print(f"warning: the tile was {geometry.tile} in the evaluation of training, now {side}")
             geometry = replace(geometry, tile=side, overlap=side // 4, halo=side // 16)
     tissue = config.tissue if args.tissue == "auto" else args.tissue
-    return replace(config, geometry=geometry, batch=args.batch or config.batch, tissue=tissue)
+    config = replace(config, geometry=geometry, tissue=tissue)
+    return config.with_tile_batch(args.batch) if args.batch else config
 
 
 def find_files(args: argparse.Namespace, config: ModelConfig) -> Listing:
