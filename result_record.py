@@ -148,11 +148,21 @@ def begin_record(folder: Path, name: str, digest: str, kinds: Sequence[str]) -> 
     add_to_record(folder / RECORD, {"name": name, "digest": digest, "kinds": list(kinds)}, durable=False)
 
 
-def end_record(folder: Path, name: str, digest: str, kinds: Sequence[str], files: Sequence[Path], **facts: Any) -> None:
+def end_record(  # noqa: PLR0913 - they are the line of the record
+    folder: Path,
+    name: str,
+    digest: str,
+    kinds: Sequence[str],
+    files: Sequence[Path],
+    facts: Mapping[str, Any],
+    *,
+    durable: bool,
+) -> None:
     """Note that a picture is done, and delete what these files replace in another format, as a.ome.tif does a.png.
 
     Args:
         files: its results.
+        durable: see add_to_record; for what would take long to do again.
         facts: damage (what could not be decoded), scale and mpp of the results.
     """
     for path in existing_files(folder, name, kinds):
@@ -160,7 +170,7 @@ def end_record(folder: Path, name: str, digest: str, kinds: Sequence[str], files
             path.unlink(missing_ok=True)
     names = [path.relative_to(folder).as_posix() for path in files]
     row = {"name": name, "digest": digest, "kinds": list(kinds), "done": True, "files": names, **facts}
-    add_to_record(folder / RECORD, row)
+    add_to_record(folder / RECORD, row, durable=durable)
 
 
 def remove_leftovers(folder: Path) -> None:

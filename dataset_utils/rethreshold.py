@@ -160,7 +160,7 @@ def decide_again(
                 results.add(probs)
             summary = results.finish()
             facts = {"damage": results.damage, "scale": scale, "mpp": frame.mpp}
-            end_record(options.folder, name, digest, options.kinds, summary.files, **facts)
+            end_record(options.folder, name, digest, options.kinds, summary.files, facts, durable=False)
             results.remove()
         print(f"{name}: {summary.text()}")
         return results.damage
