@@ -201,7 +201,9 @@ def list_pairs(
             f"{folder / 'images'} holds no images; expected png, jpg, tif, bmp, gif or webp files, or slides"
         )
     mask_dir = next((name for name in MASK_DIRS if (folder / name).is_dir()), None)
-    beside = {name: _list_beside(folder, name) for name in (*add_dirs, roi_dir) if name}
+    beside = {name: _list_beside(folder, name) for name in add_dirs}
+    if roi_dir:
+        beside[roi_dir] = _list_beside(folder, roi_dir, SHAPE_SUFFIXES[:1])
     if mask_dir:
         beside[mask_dir] = _list_masks(folder / mask_dir, images)
     unknown: frozenset[str] = frozenset()
@@ -225,10 +227,10 @@ def list_pairs(
     return Listing(folder, pairs, errors, has_masks=mask_dir is not None, unknown_ids=unknown)
 
 
-def _list_beside(folder: Path, name: str) -> dict[str, Path]:
+def _list_beside(folder: Path, name: str, more: Sequence[str] = ()) -> dict[str, Path]:
     if not (folder / name).is_dir():
         raise DatasetError(f"no folder {folder / name}, asked for as {name!r}; expected beside {folder / 'images'}")
-    return list_images(folder / name, SLIDE_SUFFIXES)
+    return list_images(folder / name, (*SLIDE_SUFFIXES, *more))
 
 
 def _list_masks(folder: Path, images: dict[str, Path]) -> dict[str, Path]:
@@ -278,7 +280,7 @@ def read_runs(path: Path) -> Iterator[tuple[str, str | None, str]]:
     csv.field_size_limit(LONGEST_CELL)
     with path.open(newline="", encoding="utf-8-sig") as file:
         for row in csv.DictReader(file, delimiter=delimiter):
-            yield _plain_name(row[name] or ""), (row[kind] or "").strip() if kind else None, row[runs] or ""
+            yield _plain_name(row[name] or ""), (row[kind] or "").strip() or None if kind else None, row[runs] or ""
 
 
 def _plain_name(name: str) -> str:

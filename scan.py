@@ -380,8 +380,7 @@ def check_dataset(
     twice = {pair.image.resolve() for pair in train.pairs} & {pair.image.resolve() for pair in val.pairs}
     if twice:
         checked.warnings.append(f"{len(twice)} images are in training and validation both, such as {min(twice)}")
-    drawn = any(item.mask and item.mask.names for item in facts)
-    unnamed = name_labels(facts, AnnotationLabels.from_options(options)) if drawn else []
+    unnamed = _name_annotations(checked, options)
     checked.errors += unnamed
     if not unnamed and any(item.mask and not item.mask.error for item in checked.train):
         _check_labels(checked, options)
@@ -407,6 +406,21 @@ def name_labels(facts: Sequence[PairFacts], labels: AnnotationLabels) -> list[st
         item.mask.labels = [[value, count] for value, count in sorted(counts.items())]
         item.mask.names = None
     return errors
+
+
+def _name_annotations(checked: Checked, options: ClassOptions) -> list[str]:
+    """Find the mask values of what annotations name, see name_labels; say when several names become one class."""
+    facts = [*checked.train, *checked.val]
+    found = {name for item in facts if item.mask for name in item.mask.names or []}
+    if not found:
+        return []
+    labels, named = AnnotationLabels.from_options(options), sorted(name for name in found if name is not None)
+    if not labels.names and len(named) > 1:
+        shown = " ".join(named[:SHOWN])
+        checked.notes.append(
+            f"annotations of {len(named)} classes are one object; to tell them apart: --class-names {shown}"
+        )
+    return name_labels(facts, labels)
 
 
 def _annotation_options(checked: Checked, options: ClassOptions) -> ClassOptions:

@@ -1,5 +1,7 @@
-"""Prints by how many megabytes the peak grows while a slide is scanned, indexed and sampled, and when it was scored too;
-see test_slides_training."""
+"""Print by how many megabytes the peak grows: a slide scanned, indexed and sampled; then scored too.
+
+Run by test_slides_training.
+"""
 
 import resource
 import sys

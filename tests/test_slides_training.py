@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from discs import write_dataset
 from slides import (
     draw_slide,
     write_geojson,
@@ -30,6 +31,7 @@ from backends import load_forward
 from checkpoint import Geometry, ModelConfig
 from classes import ClassMap, ClassOptions
 from dataset import EpochSampler, EvaluationSet, Slot, TrainingBatches, TrainingSet, cut_window
+from dataset_utils import check as check_command
 from image_io import IGNORE_INDEX, read_mask, write_image, write_mask
 from losses import build_loss
 from metrics import Scorer
@@ -109,6 +111,14 @@ def test_json_beside_the_masks_of_images_is_left_alone(tmp_path):
     (tmp_path / "gt" / "a.json").write_text("{}", encoding="utf-8")
     (pair,) = list_pairs(tmp_path).pairs
     assert pair.mask.suffix == ".png" and not is_slide(pair, slide_windows.AS_STORED)
+
+
+def test_the_region_of_interest_may_be_drawn(tmp_path):
+    image, mask = draw_slide(0, (64, 64))
+    write_pair(tmp_path, "tiff", image, mask)
+    write_geojson(tmp_path / "roi" / "s.geojson", mask)
+    (pair,) = list_pairs(tmp_path, roi_dir="roi").pairs
+    assert pair.roi.name == "s.geojson" and is_slide(pair, slide_windows.AS_STORED)
 
 
 def test_two_tables_are_refused(tmp_path):
@@ -461,7 +471,9 @@ def test_names_of_classes_become_labels(tmp_path):
         write_geojson(tmp_path / split / "gt" / "s.geojson", mask, ("vein", "artery"))
     both = check(tmp_path, names=("artery", "vein")).raise_errors()
     assert both.labels == (1, 2) and both.names == ("background", "artery", "vein")
-    one = check(tmp_path).raise_errors()
+    alone = check(tmp_path)
+    assert "annotations of 2 classes are one object; to tell them apart: --class-names artery vein" in alone.notes
+    one = alone.raise_errors()
     assert one.labels == (1,) and one.names == ("background", "object")
     (message,) = check(tmp_path, names=("artery",)).errors[:1]
     assert "train/gt/s.geojson name 'vein'; expected 'artery': add the others to --class-names" in message
@@ -682,6 +694,23 @@ def test_flags_that_do_not_fit_slides(tmp_path, capsys):
     assert code == 2 and "not allowed with argument" in text
     code, text = refused([*base, "--image-size", 32], capsys)
     assert code == 2 and "train0.tif is a slide, which is learned from in windows: give --crops N" in text
+
+
+def test_ordinary_images_train_at_another_scale(tmp_path, capsys):
+    root = write_dataset(tmp_path / "discs", train=3, val=2, sizes=((64, 80),))
+    words = ["-d", root, "-m", "plain-unet", "--encoder", "plain-8", "--cpu", "-log", tmp_path / "logs", "-e", 1]
+    words += ["--crops", 2, "--image-size", 16, "-b", 2, "-w", 0, "--reduce", 2, "--exp-name", "half"]
+    train.main([str(word) for word in words])
+    assert "2 images, 2560 pixels" in capsys.readouterr().out
+    code, text = refused([*words[:-4], "--mpp", 1, "--exp-name", "um"], capsys)
+    assert code == 1 and "does not say how many micrometres a pixel is" in text and text.count(" - ") == 5
+
+
+def test_the_check_alone_takes_slides(tmp_path, capsys):
+    write_slides(tmp_path, "rle")
+    check_command.main(["-d", str(tmp_path), "--reduce", "4"])
+    text = capsys.readouterr().out
+    assert "0 errors, 0 warnings" in text and "160x225" in text and "saturation" in text
 
 
 @pytest.mark.parametrize(("mpp", "expected"), [(0.5, "saturation"), (None, "none")])
