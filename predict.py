@@ -403,7 +403,8 @@ def open_writer(args: argparse.Namespace, folder: Path, pairs: Sequence["Pair"])
         return
     from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(str(args.log_dir / (args.exp_name or f"predict_{folder.parent.name}_{folder.name}"))) as writer:
+    whole = folder.resolve()
+    with SummaryWriter(str(args.log_dir / (args.exp_name or f"predict_{whole.parent.name}_{whole.name}"))) as writer:
         yield writer
 
 

@@ -52,7 +52,10 @@ def list_pictures(words: Sequence[str]) -> list[Path]:
             what = f"the folder {path} holds" if path.is_dir() else f"{word} names"
             raise FileNotFoundError(f"{what} no image or slide; expected files such as *.png, *.tif or *.svs")
         found += sorted((item for item in inside if item.is_file()), key=lambda item: item.name)
-    return list(dict.fromkeys(found))
+    first: dict[Path, Path] = {}
+    for path in found:
+        first.setdefault(path.resolve(), path)
+    return list(first.values())
 
 
 def pair_channels(folder: Path, add_dirs: Sequence[str]) -> tuple[list[Pair], list[str]]:
@@ -202,7 +205,7 @@ class Picture:
         given = {name: value for name, value in asked.items() if value is not None}
         trained: dict[str, Any] = {}
         if geometry.mpp and self.slide.mpp:
-            trained = {"mpp": geometry.mpp}
+            trained = self._nearest_scale(geometry.mpp, self.slide.mpp, given)
         elif geometry.reduction != 1:
             trained = {"reduce": geometry.reduction}
         if geometry.mpp and self.slide.mpp and given:
@@ -216,6 +219,21 @@ class Picture:
                     f"pixels measure: read with {_spell(trained) if trained else 'its own pixels'}"
                 )
         return given or trained
+
+    def _nearest_scale(self, wanted: float, own: float, given: dict[str, Any]) -> dict[str, Any]:
+        """How a slide of `own` micrometres per pixel is read for a network that was trained at `wanted`.
+
+        Raises:
+            ImageError: the slide is too coarse for this network, and no scale was given.
+        """
+        if own <= wanted:
+            return {"mpp": wanted}
+        if own / wanted > SCALE_DRIFT and not given:
+            raise ImageError(
+                f"{self.slide.path} has {own:.4g} um per pixel, the network was trained at {wanted:.4g}; expected a "
+                "slide as fine as that: use a network trained on coarser pixels, or give --reduce 1 to try it as it is"
+            )
+        return {"reduce": 1.0}  # scanners differ a little: 0.2527 is what others call 0.25
 
     def _check_sizes(self, pair: Pair) -> None:
         first = self.sources[0]

@@ -123,10 +123,6 @@ class MemoryStore:
         """The whole layer as one band."""
         yield 0, self.arrays[name]
 
-    def finish(self, name: str, path: Path) -> None:
-        """Write a layer as PNG."""
-        write_image(path, self.arrays[name])
-
     def remove(self) -> None:
         """Forget everything."""
         self.arrays.clear()

@@ -814,3 +814,47 @@ def test_names_of_patients_labels_and_macros_stay_in_the_slide(tmp_path, run, ca
                     assert all(page.shape != (70, 60, 3) for page in tif.pages) and len(tif.series) == 1
     overlay = read_image(tmp_path / "ome" / "overlays" / "slide.png")
     assert overlay.shape == (260, 300, 3) and not (overlay == (1, 2, 250)).all(axis=2).any()
+
+
+def test_a_slide_that_another_command_works_on_is_left_alone(tmp_path, run, capsys):
+    from spool import FolderLock
+
+    for name in "ab":
+        write_slide(tmp_path / "in" / f"{name}.tif", blobs(90, 80))
+    working = tmp_path / "out" / ".a.partial" / "predicted"
+    working.mkdir(parents=True)
+    lock = FolderLock(working)
+    error = stopped(1, capsys, *flags(run, tmp_path / "in", tmp_path / "out", "--format", "ome"))
+    assert "a.tif: " in error and "b.tif" not in error and (tmp_path / "out" / "masks" / "b.ome.tif").exists()
+    lock.release()
+    go(run, tmp_path / "in", tmp_path / "out", "--format", "ome")
+
+
+def test_one_file_under_two_names_is_one(tmp_path, run):
+    save(tmp_path / "a.png", blobs(40, 30))
+    out = go(run, ["a.png", tmp_path / "a.png", tmp_path / "*.png"], tmp_path / "out")
+    assert len(list((out / "masks").iterdir())) == 1
+
+
+@pytest.mark.parametrize(("own", "size"), [(0.2527, 200), (0.3, 200), (0.125, 100)])
+def test_slides_are_read_at_the_scale_of_the_training(tmp_path, own, size):
+    from checkpoint import Geometry
+
+    write_checkpoint(tmp_path / "run" / "best.pth", geometry=Geometry("crops", (64, 64), 64, 16, 4, mpp=0.25))
+    options = {"resolution": (1e4 / own, 1e4 / own), "resolutionunit": "CENTIMETER"}
+    image = write_slide(tmp_path / "a.tif", blobs(200, 200), **options)
+    out = go(tmp_path / "run", image, tmp_path / "out")
+    assert read_mask(out / "masks" / "a.png").shape == (size, size)
+
+
+def test_a_slide_too_coarse_for_the_network(tmp_path, capsys):
+    from checkpoint import Geometry
+
+    write_checkpoint(tmp_path / "run" / "best.pth", geometry=Geometry("crops", (64, 64), 64, 16, 4, mpp=0.25))
+    options = {"resolution": (1e4, 1e4), "resolutionunit": "CENTIMETER"}
+    image = write_slide(tmp_path / "a.tif", blobs(200, 200), **options)
+    words = flags(tmp_path / "run", image, tmp_path / "out")
+    error = stopped(1, capsys, *words)
+    assert "a.tif has 1 um per pixel, the network was trained at 0.25" in error and "--reduce 1" in error
+    predict.main([*words, "--reduce", "1"])
+    assert "warning: a: read at 1 um per pixel, the network was trained at 0.25" in capsys.readouterr().out
