@@ -351,7 +351,7 @@ def check_from_flags(args: argparse.Namespace) -> Checked:
         args.class_list, tuple(args.class_names or ()), args.ignore_label, args.mask_threshold, args.max_mask_val
     )
     train, val, note = find_splits(args.dataset, files, val_dir=args.val_dir, val_ids=args.val_ids)
-    slides, said = choose_tissue([pair for pair in train.pairs if is_slide(pair, slides)], slides, args.tissue)
+    slides, said = choose_tissue(train.pairs, slides, args.tissue)
     checked = check_dataset(train, val, classes, steps=args.preprocess, slides=slides, progress=True)
     checked.notes[:0] = [note, *([said] if said else [])]
     return checked

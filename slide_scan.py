@@ -3,7 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from facts import ImageFacts, MaskFacts, count_labels, moments
 from image_headers import ImageError
 from pairing import DatasetError, Pair
 from slide_index import draw_corner, draw_tissue, slide_tissue
-from slide_windows import SlideOptions, SlidePair
+from slide_windows import SlideOptions, SlidePair, is_slide_image
 from tissue import Tissue
 
 SAMPLED_WINDOWS = 64  # of a slide, for its statistics
@@ -36,7 +36,7 @@ def scan_slide(pair: Pair, options: SlideOptions, steps: Sequence[str]) -> dict[
             for part in (*layers, mask, roi):
                 if part is not None:
                     part.size = size
-            tissue = slide_tissue(slide, options.tissue)
+            tissue = slide_tissue(slide, slide.options.tissue)
             sampled = _scan_pixels(slide, tissue, layers)
             if mask is not None:
                 _scan_mask(slide, tissue, mask)
@@ -134,14 +134,16 @@ def choose_tissue(pairs: Sequence[Pair], options: SlideOptions, rule: str) -> tu
     """Settle which tissue rule a run keeps to, and say so.
 
     Args:
-        pairs: the slides of the training split.
+        pairs: the training split; slides are looked at.
         rule: a rule, or "auto": saturation when all slides are RGB, say how many micrometres a pixel is, lie on no map
             and at least one shows colour; else none.
     """
+    pairs = [pair for pair in pairs if is_slide_image(pair.image, options)]
+    if rule != "auto":
+        effect = "" if pairs else ", which is not looked for: no image is a slide"
+        return replace(options, tissue=rule), f"tissue: rule {rule}{effect}"
     if not pairs:
         return options, ""
-    if rule != "auto":
-        return SlideOptions(options.mpp, options.reduction, rule), f"tissue: rule {rule}"
     shares = []
     for pair in pairs:
         try:
@@ -158,4 +160,4 @@ def choose_tissue(pairs: Sequence[Pair], options: SlideOptions, rule: str) -> tu
         f"tissue: {np.mean(shares):.0%} of the slides by the saturation rule, windows and scores keep to it "
         "(--tissue none takes all)"
     )
-    return SlideOptions(options.mpp, options.reduction, "saturation"), note
+    return replace(options, tissue="saturation"), note

@@ -64,7 +64,7 @@ def predict_slide(
     tiles = TileOptions(geometry.tile, geometry.overlap, geometry.halo, batch=config.tile_batch)
     with Picture(pair, [config], ReadOptions()) as picture, SlidePair(pair, options, config.mean) as slide:
         plan = plan_picture(picture, tiles)
-        tissue = slide_tissue(slide, options.tissue)
+        tissue = slide_tissue(slide, slide.options.tissue)
         if tissue is not None:
             plan = replace(plan, tissue=tissue, keep=tissue.tiles(plan.rows, plan.cols))
         total = round(picture.height * picture.width / 1e6, 2)

@@ -1,12 +1,14 @@
 """Slides as training and scoring see them: windows of pixels and of class indices at one scale, read on the fly.
 
-A slide is a pair whose image is a slide file (SLIDE_SUFFIXES), whose mask is drawn (GeoJSON) or run-length encoded, or
-whose image is a TIFF of more than SLIDE_PIXELS; under --mpp or --reduce every pair is one. Others are decoded whole.
+A slide is a pair whose image is a slide file (SLIDE_SUFFIXES) or a TIFF of more than SLIDE_PIXELS, or whose mask is
+drawn (GeoJSON) or run-length encoded; under --mpp or --reduce every pair is one. Others are decoded whole. Tissue is
+looked for in slides that are such by their image alone, so that predict.py, which sees no masks, does the same.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -58,22 +60,21 @@ AS_STORED = SlideOptions()
 
 def is_slide(pair: Pair, options: SlideOptions) -> bool:
     """Whether a pair is read by windows; see the top of this module."""
-    return (
-        options.rescales
-        or pair.image.suffix.lower() in SLIDE_SUFFIXES
-        or is_annotation(pair.mask)
-        or is_annotation(pair.roi)
-        or _tiff_pixels(pair) > SLIDE_PIXELS
-    )
+    return is_annotation(pair.mask) or is_annotation(pair.roi) or is_slide_image(pair.image, options)
 
 
-def _tiff_pixels(pair: Pair) -> int:
+def is_slide_image(path: Path, options: SlideOptions) -> bool:
+    """Whether an image is read by windows whatever its mask."""
+    return options.rescales or path.suffix.lower() in SLIDE_SUFFIXES or _tiff_pixels(path) > SLIDE_PIXELS
+
+
+def _tiff_pixels(path: Path) -> int:
     """Pixels of a TIFF, from its header; 0 for other files and those that cannot be read, which are named later."""
-    if pair.image.suffix.lower() not in (".tif", ".tiff"):
+    if path.suffix.lower() not in (".tif", ".tiff"):
         return 0
     try:
-        with open_tiff(pair.image) as tif:
-            page = main_pages(tif, pair.image)[0]
+        with open_tiff(path) as tif:
+            page = main_pages(tif, path)[0]
             return int(page.imagelength * page.imagewidth)
     except (ImageError, OSError):
         return 0
@@ -82,7 +83,8 @@ def _tiff_pixels(pair: Pair) -> int:
 class SlidePair:
     """A slide with its extra channels, mask and region of interest, open at one scale; a context manager.
 
-    height, width: pixels of the grid that windows are cut from. scale: level-0 pixels for each of them.
+    height, width: pixels of the grid that windows are cut from. scale: level-0 pixels for each of them. options: how
+    it is read, without a tissue rule where its image alone makes no slide.
     """
 
     def __init__(self, pair: Pair, options: SlideOptions, fill: Sequence[float] = ()) -> None:
@@ -94,7 +96,8 @@ class SlidePair:
         Raises:
             ImageError: a file cannot be used, sizes do not agree, or the scale cannot be had.
         """
-        self.pair, self.options = pair, options
+        self.pair = pair
+        self.options = options if is_slide_image(pair.image, options) else replace(options, tissue="none")
         with ExitStack() as stack:
             slides = [stack.enter_context(open_slide(path)) for path in pair.layers]
             self.slide, self.grids = slides[0], list[Grid]()

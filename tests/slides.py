@@ -90,7 +90,7 @@ def write_slides(root: Path, form="geojson", train=2, val=1, **how) -> Path:
     for split, count, first in (("train", train, 0), ("val", val, 100)):
         drawn = {f"{split}{i}": draw_slide(first + i, **how) for i in range(count)}
         for name, (image, mask) in drawn.items():
-            write_slide(root / split / "images" / f"{name}.tif", image)
+            write_slide(root / split / "images" / f"{name}.svs", image)
             if form == "geojson":
                 write_geojson(root / split / "gt" / f"{name}.geojson", mask)
             elif form == "tiff":

@@ -52,9 +52,9 @@ def closed():
     close_places()
 
 
-def write_pair(folder: Path, form: str, image, mask, name="s", **how) -> Pair:
-    """A slide with its mask in one of FORMS, or as a TIFF of half the size."""
-    path = write_slide(folder / "images" / f"{name}.tif", image, **how)
+def write_pair(folder: Path, form: str, image, mask, name="s", suffix=".svs", **how) -> Pair:
+    """A slide with its mask in one of FORMS."""
+    path = write_slide(folder / "images" / f"{name}{suffix}", image, **how)
     if form == "geojson":
         gt = write_geojson(folder / "gt" / f"{name}.geojson", mask)
     elif form == "rle":
@@ -153,8 +153,13 @@ def test_slides_are_split_by_slide(tmp_path):
 
 def test_what_a_slide_is(tmp_path, monkeypatch):
     image, mask = draw_slide(0, (64, 64))
-    pair = write_pair(tmp_path, "tiff", image, mask)
+    pair = write_pair(tmp_path, "tiff", image, mask, suffix=".tif")
     assert not is_slide(pair, slide_windows.AS_STORED)
+    drawn = write_pair(tmp_path, "geojson", image, mask, suffix=".tif")
+    rule = SlideOptions(tissue="saturation")
+    with SlidePair(drawn, rule) as small, SlidePair(write_pair(tmp_path, "rle", image, mask), rule) as slide:
+        assert is_slide(drawn, rule) and small.options.tissue == "none", "predict.py would not take it for a slide"
+        assert slide.options.tissue == "saturation"
     assert is_slide(pair, SlideOptions(reduction=2)) and is_slide(pair, SlideOptions(mpp=1))
     monkeypatch.setattr(slide_windows, "SLIDE_PIXELS", 64 * 64 - 1)
     assert is_slide(pair, slide_windows.AS_STORED)
@@ -431,7 +436,7 @@ def test_resized_images_cannot_be_slides(tmp_path):
     pair = write_pair(tmp_path, "geojson", *draw_slide(5, (64, 64)))
     config = make_config()
     config = ModelConfig(**{**config.__dict__, "geometry": Geometry("resize", (64, 64))})
-    with pytest.raises(DatasetError, match=r"s\.tif is a slide: .* take crops, such as --crops 64"):
+    with pytest.raises(DatasetError, match=r"s\.svs is a slide: .* take crops, such as --crops 64"):
         TrainingSet([pair], BINARY, config, augment())
 
 
@@ -452,8 +457,6 @@ def test_labels_are_counted_and_statistics_estimated(tmp_path, form, monkeypatch
     truth = [draw_slide(i)[1] for i in range(2)]
     pixels = scan.class_pixels(checked.train, checked.raise_errors())
     assert pixels.tolist() == [sum(int((mask == k).sum()) for mask in truth) for k in (0, 1)]
-    if form == "tiff":
-        return  # small and not drawn: an ordinary image
     facts = checked.train[0].layers[0]
     assert facts.pixels == 640 * 900 and np.allclose(facts.means, draw_slide(0)[0].mean(axis=(0, 1)))
     monkeypatch.setattr("slide_scan.SAMPLED_SIDE", 40)
@@ -493,7 +496,7 @@ def test_annotations_of_another_image_are_an_error_and_of_the_border_a_warning(t
     (message, *_) = check(tmp_path).warnings
     assert str(path) in message and "outside the image" in message and "expected x 0 to 900, y 0 to 640" in message
     write_geojson(path, mask, origin=(5000, 0))
-    assert "no annotation lies on the slide" in only_error(tmp_path) and "train0.tif" in only_error(tmp_path)
+    assert "no annotation lies on the slide" in only_error(tmp_path) and "train0.svs" in only_error(tmp_path)
 
 
 def test_features_without_geometry_are_named(tmp_path):
@@ -541,15 +544,15 @@ def test_a_mask_of_another_size(tmp_path):
 def test_a_slide_without_scale_under_mpp(tmp_path):
     write_slides(tmp_path)
     image, _ = draw_slide(0)
-    write_slide(tmp_path / "train" / "images" / "train0.tif", image, mpp=None)
+    write_slide(tmp_path / "train" / "images" / "train0.svs", image, mpp=None)
     message = only_error(tmp_path, SlideOptions(mpp=1.0))
-    assert "train0.tif does not say how many micrometres a pixel is" in message and "--reduce" in message
+    assert "train0.svs does not say how many micrometres a pixel is" in message and "--reduce" in message
 
 
 def test_an_unreadable_slide_is_named(tmp_path):
     write_slides(tmp_path)
-    (tmp_path / "val" / "images" / "val0.tif").write_bytes(b"II*\0garbage")
-    assert "val/images/val0.tif" in only_error(tmp_path)
+    (tmp_path / "val" / "images" / "val0.svs").write_bytes(b"II*\0garbage")
+    assert "val/images/val0.svs" in only_error(tmp_path)
 
 
 def test_preprocessing_needs_whole_images(tmp_path):
@@ -637,7 +640,7 @@ def test_training_validation_and_predicted_files_count_the_same(trained, tmp_pat
     assert max(row["val"][root.name]["iou"] for row in epochs) == pytest.approx(result.summary["iou"], abs=1e-12)
 
     words = ["-i", str(pairs[0].image), "-cd", str(run), "--cpu", "--backend", "torch", "-o", "out", "-log", "logs"]
-    predict.main([*words, "--tissue", "saturation", "--save", "mask,prob"])
+    predict.main([*words, "--save", "mask,prob"])
     with SlidePair(pairs[0], SlideOptions.from_config(config)) as slide:
         truth = slide.labels(classes, 0, 0, slide.height, slide.width)
     for folder in ("out", "scores"):
@@ -651,6 +654,43 @@ def test_training_validation_and_predicted_files_count_the_same(trained, tmp_pat
     assert result.loss == pytest.approx(trainer.loss_of_probs(loss, probs, truth), abs=2e-4)
     (shown,) = result.worst
     assert shown.image.shape[:2] == shown.mask.shape == shown.probs.shape[1:] and shown.mask.size < truth.size
+
+
+def run_train(root, logs, *more):
+    words = ["-d", root, "-m", "plain-unet", "--encoder", "plain-8", "--crops", 6, "--image-size", 32, "-b", 4]
+    words += ["-a", "light", "--cpu", "-log", logs, "-sc", "constant"]
+    train.main([str(word) for word in [*words, *more]])
+
+
+def test_a_resumed_run_on_slides_has_the_weights_of_one_that_went_through(tmp_path):
+    root = write_slides(tmp_path / "slides", "rle", size=(200, 300), radius=(8, 16))
+    run_train(root, tmp_path / "logs", "-e", 2, "-w", 1, "--exp-name", "through")
+    close_places()
+    run_train(root, tmp_path / "logs", "-e", 1, "-w", 0, "--exp-name", "halves")
+    run_train(root, tmp_path / "logs", "-e", 2, "-w", 0, "--exp-name", "halves")
+    weights = [
+        torch.load(tmp_path / "logs" / name / "last_checkpoint", weights_only=True)["model_state_dict"]
+        for name in ("through", "halves")
+    ]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_several_classes_count_the_same_everywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for split, seed in (("train", 1), ("val", 2)):
+        image, mask = draw_slide(seed, (260, 320), classes=2, radius=(10, 25))
+        write_slide(tmp_path / "data" / split / "images" / "s.svs", image)
+        write_geojson(tmp_path / "data" / split / "gt" / "s.geojson", mask, ("vein", "artery"))
+    run_train("data", "logs", "-e", 1, "-w", 0, "--exp-name", "run", "--class-names", "artery", "vein", "-lr", 1e-2)
+    validate.main(["-d", "data/val", "-cd", "logs/run", "--cpu", "--backend", "torch", "-o", "scores"])
+    config, _, _ = load_forward(tmp_path / "logs" / "run" / "run.pth", "cpu", backend="torch")
+    assert config.class_names == ("background", "artery", "vein") and config.num_logits == 3
+    words = ["-cd", "logs/run", "--cpu", "--backend", "torch", "-o", "out"]
+    predict.main(["-i", "data/val/images/s.svs", *words])
+    scored = trainer.build_scorer(config)
+    truth = np.array([0, 2, 1], np.uint8)[draw_slide(2, (260, 320), classes=2, radius=(10, 25))[1]]
+    scored.update_pred("s", read_mask(tmp_path / "out" / "masks" / "s.png").astype(np.uint8), truth)
+    assert scored.confusion.tolist() == confusion_of(tmp_path / "scores" / "_metrics.json")
 
 
 def test_without_masks_slides_are_predicted(trained, tmp_path, monkeypatch, capsys):
@@ -667,12 +707,12 @@ def test_validation_goes_on_after_a_broken_slide(trained, tmp_path, monkeypatch,
     root, run = trained
     monkeypatch.chdir(tmp_path)
     write_slides(tmp_path / "data", val=3)
-    (tmp_path / "data" / "val" / "images" / "val1.tif").write_bytes(b"II*\0")
+    (tmp_path / "data" / "val" / "images" / "val1.svs").write_bytes(b"II*\0")
     write_geojson(tmp_path / "data" / "val" / "gt" / "val2.geojson", draw_slide(0)[1], origin=(9000, 0))
     with pytest.raises(SystemExit) as stop:
         validate.main(["-d", "data/val", "-cd", str(run), "--cpu", "-o", "out", "-log", "logs", "--com"])
     said = capsys.readouterr()
-    assert stop.value.code == 1 and "val1.tif" in said.out and "no annotation lies on the slide" in said.out
+    assert stop.value.code == 1 and "val1.svs" in said.out and "no annotation lies on the slide" in said.out
     assert "1 images" in said.out and "2 findings" in said.err
 
 
@@ -693,7 +733,7 @@ def test_flags_that_do_not_fit_slides(tmp_path, capsys):
     code, text = refused([*base, "--reduce", 2, "--mpp", 1], capsys)
     assert code == 2 and "not allowed with argument" in text
     code, text = refused([*base, "--image-size", 32], capsys)
-    assert code == 2 and "train0.tif is a slide, which is learned from in windows: give --crops N" in text
+    assert code == 2 and "train0.svs is a slide, which is learned from in windows: give --crops N" in text
 
 
 def test_ordinary_images_train_at_another_scale(tmp_path, capsys):
@@ -721,6 +761,8 @@ def test_the_tissue_rule_follows_the_slides(tmp_path, mpp, expected):
     assert options.tissue == expected and said.startswith("tissue: ")
     assert scan.choose_tissue([], SlideOptions(), "auto") == (SlideOptions(), "")
     assert scan.choose_tissue([pair], SlideOptions(), "otsu")[0].tissue == "otsu"
+    small = write_pair(tmp_path, "geojson", image, mask, suffix=".tif")
+    assert "not looked for: no image is a slide" in scan.choose_tissue([small], SlideOptions(), "otsu")[1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
