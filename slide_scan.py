@@ -42,6 +42,8 @@ def scan_slide(pair: Pair, options: SlideOptions, steps: Sequence[str]) -> dict[
                 _scan_mask(slide, tissue, mask)
             if roi is not None and slide.roi is not None:
                 roi.findings = _shortened(slide.roi.findings)
+            if mask is not None:
+                mask.findings += _shortened(slide.damage)
     except _ERRORS as error:
         sampled = ""
         for part in (layers[0], mask):

@@ -238,9 +238,10 @@ def prepare_data(args: argparse.Namespace, run_dir: Path) -> Data:
     for message in checked.warnings:
         print(f"warning: {message}")
     classes = checked.raise_errors()
-    slides = [item.pair for item in checked.train if is_slide(item.pair, checked.slides)]
-    if slides and not args.crops:
-        raise cli.UsageError(f"{slides[0].image} is a slide, which is learned from in windows: give --crops N")
+    pairs = [item.pair for item in (*checked.train, *checked.val) if is_slide(item.pair, checked.slides)]
+    if pairs and not args.crops:
+        raise cli.UsageError(f"{pairs[0].image} is a slide, which networks see in windows: give --crops N")
+    slides = [item.pair for item in checked.train if item.pair in pairs]
     statistics = normalisation.load_or_compute_statistics(checked.root, run_dir, checked.train, args.preprocess)
     print(f"{len(checked.train)} training and {len(checked.val)} validation images; {'; '.join(checked.notes)}")
     print(f"classes: {', '.join(classes.names)}; statistics: {statistics.source}")

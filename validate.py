@@ -278,6 +278,8 @@ def write_outputs(
     for prediction in predictions:
         if isinstance(prediction, SlidePrediction):
             yield replace(prediction, bands=write_slide(prediction, config, outputs, threshold))
+            for message in prediction.picture.damage:
+                print(f"warning: {message}; its pixels do not count")
             continue
         pair, probs, mask = prediction.sample.pair, prediction.probs, prediction.mask
         pred = decide(probs, threshold)

@@ -232,9 +232,13 @@ def test_what_does_not_count_is_255(tmp_path):
     image[:30, :40] = 0
     path = tmp_path / "images" / "s.tif"
     path.parent.mkdir()
-    tifffile.imwrite(path, image, tile=(64, 64), photometric="rgb", extratags=[(42113, "s", 0, "0", True)])
+    nodata = [(42113, "s", 0, "0", True)]
+    tifffile.imwrite(path, image, tile=(64, 64), photometric="rgb", compression="deflate", extratags=nodata)
     with tifffile.TiffFile(path) as tif:
-        last = tif.pages[0].dataoffsets[-1]
+        start, count = tif.pages[0].dataoffsets[-1], tif.pages[0].databytecounts[-1]
+    content = bytearray(path.read_bytes())
+    content[start : start + count] = bytes(count)
+    path.write_bytes(content)
     inside = np.zeros_like(mask)
     inside[:, :200] = 1
     pair = Pair(
@@ -245,11 +249,14 @@ def test_what_does_not_count_is_255(tmp_path):
     )
     expected = np.where(inside == 1, mask, IGNORE_INDEX)
     expected[:30, :40] = IGNORE_INDEX
+    expected[192:, 192:] = IGNORE_INDEX
     with SlidePair(pair, SlideOptions()) as slide:
         assert np.array_equal(slide.window(BINARY, (0, 0), (256, 256))[1], expected)
         kept = SlidePlaces(slide, BINARY).cells[1].pixels
         assert kept == (expected == 1).sum() > 0
-    assert last > 0
+        assert len(slide.damage) == 1 and "row 3, column 3" in slide.damage[0]
+    (facts,) = scan_pairs([pair])
+    assert facts.mask.findings == slide.damage and facts.layers[0].error is None
 
 
 def test_extra_channels_come_from_their_slides(tmp_path):
@@ -733,7 +740,7 @@ def test_flags_that_do_not_fit_slides(tmp_path, capsys):
     code, text = refused([*base, "--reduce", 2, "--mpp", 1], capsys)
     assert code == 2 and "not allowed with argument" in text
     code, text = refused([*base, "--image-size", 32], capsys)
-    assert code == 2 and "train0.svs is a slide, which is learned from in windows: give --crops N" in text
+    assert code == 2 and "train0.svs is a slide, which networks see in windows: give --crops N" in text
 
 
 def test_ordinary_images_train_at_another_scale(tmp_path, capsys):
