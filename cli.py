@@ -24,7 +24,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Append each default to its help text, but not to required flags, switches and flags without a default."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.required or action.default in (None, False, argparse.SUPPRESS):
+        if action.required or action.default in (None, False, "", argparse.SUPPRESS):
             return action.help
         return super()._get_help_string(action)
 
@@ -163,7 +163,11 @@ def add_result_args(parser: argparse.ArgumentParser, *, kinds: Sequence[str], re
     group = parser.add_argument_group("results")
     group.add_argument("-o", "--output-dir", type=Path, required=required, metavar="DIR", help="where results go")
     group.add_argument(
-        "--save", type=words, default="mask", metavar="KIND,...", help=f"what to write: {', '.join(kinds)}"
+        "--save",
+        type=words,
+        default="mask",
+        metavar="KIND,...",
+        help=f"what to write, with commas between: {', '.join(kinds)}",
     )
     group.add_argument(
         "--format",

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from results import Frame, ResultOptions, Results
 
 TISSUE_RULES = ("saturation", "otsu")
+ENOUGH_MEGAPIXELS = 2000.0  # no network predicts that much on a CPU before a faster one is prepared
 KINDS = ("mask", "prob", "overlay", "labels", "geojson", "rle")
 
 
@@ -93,9 +94,14 @@ def add_tile_args(parser: argparse.ArgumentParser) -> None:
         "--overlap",
         type=cli.not_negative,
         metavar="X",
-        help="shared by neighbours, in pixels; below 1: part of the tile",
+        help="shared by neighbours, in pixels, or below 1 as part of the tile; default: the checkpoint's",
     )
-    group.add_argument("--halo", type=cli.natural, metavar="N", help="pixels along inner edges that get no weight")
+    group.add_argument(
+        "--halo",
+        type=cli.natural,
+        metavar="N",
+        help="pixels along inner edges without weight; default: the checkpoint's",
+    )
     group.add_argument(
         "--blend", choices=("hann", "gaussian", "constant"), default="hann", help="weight of a tile's pixels"
     )
@@ -313,17 +319,14 @@ def tile_options(args: argparse.Namespace, configs: Sequence["ModelConfig"]) -> 
 
 
 def megapixels(pairs: Sequence["Pair"]) -> float:
-    """Size of all files together, to tell whether preparing a faster network pays; files that cannot be read are 0."""
-    from image_headers import ImageError
-    from slide_io import open_slide
+    """Size of the files together, to tell whether preparing a faster network pays; no more of it than tells."""
+    from predictor import count_pixels
 
     total = 0.0
     for pair in pairs:
-        try:
-            with open_slide(pair.image) as slide:
-                total += slide.height * slide.width / 1e6
-        except (OSError, ImageError):  # it is named when its turn comes
-            continue
+        total += count_pixels(pair.image) / 1e6
+        if total > ENOUGH_MEGAPIXELS:
+            break
     return total
 
 
@@ -426,7 +429,7 @@ def predict_one(setup: Setup, pair: "Pair", writer: Any) -> list[str]:
         frame = frame_of(pair.name, picture, plan)
         check_disk(frame, setup)
         with Results(frame, setup.configs[0], setup.results, f"{digest} {setup.engine}") as results:
-            begin_record(folder, pair.name, digest, kinds)
+            begin_record(folder, pair.name, digest, kinds, {"scale": frame.scale, "mpp": frame.mpp})
             megapixel = fill_rows(setup, picture, plan, results)
             summary = results.finish(lambda step: thumbnail(picture, frame, step), with_picture=writer is not None)
             damage = results.damage

@@ -8,6 +8,7 @@ the resize geometry, and preprocessing that looks at all pixels.
 import glob
 import math
 import unicodedata
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from PIL import Image
 
 from backends import Forward
 from checkpoint import Geometry, ModelConfig
@@ -28,6 +30,7 @@ from tiling import Axis, plan_axis, predict_bands, run_ahead
 from tissue import Tissue, find_tissue
 
 SLIDE_SUFFIXES = (".svs", ".ndpi", ".btf", *OPENSLIDE_SUFFIXES)
+PILLOW_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 SCALE_DRIFT = 1.3  # pixels this many times as large as the training's are warned about
 UPSCALED_ROWS = 256  # rows that are enlarged at a time
 
@@ -56,6 +59,22 @@ def list_pictures(words: Sequence[str]) -> list[Path]:
     for path in found:
         first.setdefault(path.resolve(), path)
     return list(first.values())
+
+
+def count_pixels(path: Path) -> int:
+    """Pixels of an image, from its header alone; 0 when it cannot be read, which is said when its turn comes."""
+    try:
+        if path.suffix.lower() in PILLOW_SUFFIXES:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of large pictures, which are welcome
+                with Image.open(path) as picture:
+                    return picture.width * picture.height
+        with open_slide(path) as slide:
+            return slide.height * slide.width
+    except Image.DecompressionBombError:
+        return 2 * (Image.MAX_IMAGE_PIXELS or 0)  # at least that many
+    except (OSError, ValueError, RuntimeError):
+        return 0
 
 
 def pair_channels(folder: Path, add_dirs: Sequence[str]) -> tuple[list[Pair], list[str]]:

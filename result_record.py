@@ -143,9 +143,9 @@ def add_to_record(path: Path, row: dict[str, Any], *, durable: bool = True) -> N
                 os.fsync(file.fileno())
 
 
-def begin_record(folder: Path, name: str, digest: str, kinds: Sequence[str]) -> None:
+def begin_record(folder: Path, name: str, digest: str, kinds: Sequence[str], facts: Mapping[str, Any]) -> None:
     """Note that what appears under this name from now on is ours, so that a run that was killed can go on."""
-    add_to_record(folder / RECORD, {"name": name, "digest": digest, "kinds": list(kinds)}, durable=False)
+    add_to_record(folder / RECORD, {"name": name, "digest": digest, "kinds": list(kinds), **facts}, durable=False)
 
 
 def end_record(  # noqa: PLR0913 - they are the line of the record

@@ -104,7 +104,7 @@ def picture_digest(path: Path, options: "ResultOptions", rows: Sequence[dict[str
 
 def place_of(rows: Sequence[dict[str, Any]]) -> tuple[float, tuple[float, float] | None]:
     """Level-0 pixels for each pixel of the probabilities and micrometres for each, as predict.py noted them."""
-    row = next((row for row in rows if "prob" in row["kinds"] and row["done"]), {})
+    row = next((row for row in rows if "prob" in row["kinds"]), {})
     return row.get("scale", 1.0), row.get("mpp") and tuple(row["mpp"])
 
 
@@ -154,7 +154,7 @@ def decide_again(
         geo = slide.geo and Georeference(tuple(slide.geo.scaled(1 / scale)))  # of level 0, as in predict.py
         frame = Frame(name, slide.height, slide.width, scale, mpp or slide.mpp_xy, geo)
         with Results(frame, config, options, digest) as results:
-            begin_record(options.folder, name, digest, options.kinds)
+            begin_record(options.folder, name, digest, options.kinds, {"scale": scale, "mpp": frame.mpp})
             for probs in read_bands(grid, results.first_row):
                 results.note_damage(grid.damage)
                 results.add(probs)

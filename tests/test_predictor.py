@@ -279,3 +279,20 @@ def test_pictures_are_listed_from_files_folders_and_globs(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="the folder .*empty holds no image or slide"):
         names([str(tmp_path / "empty")])
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif", "a.bmp", "a.webp"])
+def test_pixels_are_counted_without_decoding(tmp_path, name, monkeypatch):
+    import slide_sources
+
+    write_image(tmp_path / name, random_pixels(70, 50))
+    monkeypatch.setattr(slide_sources, "read_image", None)
+    assert predictor.count_pixels(tmp_path / name) == 3500
+    (tmp_path / name).write_bytes(b"nonsense")
+    assert predictor.count_pixels(tmp_path / name) == predictor.count_pixels(tmp_path / "absent.png") == 0
+
+
+def test_pixels_of_a_picture_past_pillow_s_limit_are_counted(tmp_path, monkeypatch):
+    write_image(tmp_path / "a.png", random_pixels(70, 50))
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 1000)
+    assert predictor.count_pixels(tmp_path / "a.png") == 2000
