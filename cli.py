@@ -83,7 +83,7 @@ def add_run_args(
     ahead = "batches that are read ahead; 0 reads in between" if predicts else "loader processes; 0 loads in this one"
     group.add_argument("-w", "--workers", type=natural, default=workers, metavar="N", help=ahead)
     if predicts:
-        precisions = ("no", "fp16", "bf16")
+        precisions = ("no", "bf16", "fp16")
         group.add_argument("--amp", choices=precisions, help="precision; default: fp16 on a GPU, no on a CPU")
     else:
         group.add_argument("--seed", type=natural, default=42, metavar="N", help="seed of everything random")
@@ -149,6 +149,20 @@ def add_filter_args(parser: argparse.ArgumentParser) -> None:
         "--min-length", type=natural, default=0, metavar="N", help="drop objects with a shorter centre line"
     )
     add_switch(group, "--keep-largest", help="keep the largest object of each class")
+
+
+def add_tile_args(parser: argparse.ArgumentParser) -> None:
+    """Add how images are cut and blended; without a flag it is the checkpoint's way."""
+    group = parser.add_argument_group("tiles")
+    group.add_argument(
+        "--tile-size", type=positive_int, metavar="S", help="side of a tile, or size that whole images are resized to"
+    )
+    group.add_argument(
+        "--overlap", type=not_negative, metavar="X", help="shared by neighbours, in pixels; below 1: part of the tile"
+    )
+    group.add_argument("--halo", type=natural, metavar="N", help="pixels along inner edges that get no weight")
+    group.add_argument("--blend", choices=("hann", "gaussian", "constant"), help="weight of a tile's pixels")
+    group.add_argument("--tta", choices=("none", "flips", "d4"), help="mean over 4 mirrored or 8 turned views")
 
 
 def add_result_args(parser: argparse.ArgumentParser, *, kinds: Sequence[str], required: bool = False) -> None:

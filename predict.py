@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     cli.add_filter_args(parser)
     add_image_args(parser)
     add_scale_args(parser)
-    add_tile_args(parser)
+    cli.add_tile_args(parser)
     cli.add_result_args(parser, kinds=KINDS)
     add_other_args(parser)
     return parser
@@ -84,33 +84,6 @@ def add_scale_args(parser: argparse.ArgumentParser) -> None:
         "--fill", type=float, metavar="V", help="value of pixels that cannot be decoded; default: the training's mean"
     )
     cli.add_tissue_arg(group)
-
-
-def add_tile_args(parser: argparse.ArgumentParser) -> None:
-    """Add how images are cut and blended."""
-    group = parser.add_argument_group("tiles")
-    group.add_argument("--tile-size", type=cli.positive_int, metavar="S", help="side; default: the checkpoint's")
-    group.add_argument(
-        "--overlap",
-        type=cli.not_negative,
-        metavar="X",
-        help="shared by neighbours, in pixels, or below 1 as part of the tile; default: the checkpoint's",
-    )
-    group.add_argument(
-        "--halo",
-        type=cli.natural,
-        metavar="N",
-        help="pixels along inner edges without weight; default: the checkpoint's",
-    )
-    group.add_argument(
-        "--blend", choices=("hann", "gaussian", "constant"), default="hann", help="weight of a tile's pixels"
-    )
-    group.add_argument(
-        "--tta",
-        choices=("none", "flips", "d4"),
-        default="none",
-        help="mean over 4 mirrored or 8 turned views",
-    )
 
 
 def add_other_args(parser: argparse.ArgumentParser) -> None:
@@ -285,39 +258,6 @@ def build_setup(
     )
 
 
-def tile_options(args: argparse.Namespace, configs: Sequence["ModelConfig"]) -> "TileOptions":
-    """How images are cut: the checkpoint's way, and what the flags change about it, said aloud.
-
-    Raises:
-        cli.UsageError: tile, overlap and halo do not go together.
-    """
-    from predictor import TileOptions, common_sides
-    from tiling import plan_axis, round_up
-
-    geometry = configs[0].geometry
-    if geometry.kind == "resize":
-        if args.tile_size or args.overlap is not None or args.halo is not None:
-            print(f"warning: the network sees whole images resized to {geometry.size}: tile flags have no effect")
-        return TileOptions(max(geometry.size), 0, 0, batch=1)
-    stride, min_side = common_sides(configs)
-    side = round_up(max(args.tile_size or geometry.tile, min_side), stride)
-    given = args.overlap
-    changed = side != geometry.tile
-    overlap = side // 4 if changed else geometry.overlap
-    if given is not None:
-        overlap = round(given * side) if given < 1 else int(given)
-    halo = args.halo if args.halo is not None else min(side // 16 if changed else geometry.halo, overlap // 2)
-    try:
-        plan_axis(side, tile=side, overlap=overlap, halo=halo, stride=stride, min_side=min_side, window=args.blend)
-    except ValueError as error:
-        raise cli.UsageError(f"--tile-size, --overlap and --halo do not go together: {error}") from error
-    if changed:
-        print(f"warning: the tile was {geometry.tile} in the evaluation of training, now {side}")
-    again = [replace(config, geometry=replace(config.geometry, tile=side)) for config in configs]
-    batch = args.batch or min(config.tile_batch for config in again)
-    return TileOptions(side, overlap, halo, args.blend, args.tta, batch, args.tissue, args.workers)
-
-
 def megapixels(pairs: Sequence["Pair"]) -> float:
     """Size of the files together, to tell whether preparing a faster network pays; no more of it than tells."""
     from predictor import count_pixels
@@ -481,16 +421,6 @@ def frame_of(name: str, picture: "Picture", plan: "Plan") -> "Frame":
     return Frame(name, plan.height, plan.width, scale, mpp, slide.geo)
 
 
-def thumbnail(picture: "Picture", frame: "Frame", step: int) -> "np.ndarray":
-    """The image reduced to one pixel for each step x step pixels of the results: (h, w, C)."""
-    from image_io import resize_image
-
-    size = (-(-frame.height // step), -(-frame.width // step))
-    slide = picture.slide
-    grid = slide.grid(reduce=max(1.0, min(slide.height / size[0], slide.width / size[1])))
-    return resize_image(grid.read(0, 0, grid.height, grid.width), size)
-
-
 @contextmanager
 def progress(name: str, picture: "Picture", rows_done: int) -> Iterator[Callable[[int], None]]:
     """A bar in megapixels; yields the function that counts pixels."""
@@ -559,6 +489,8 @@ def estimate(setup: Setup, pairs: Sequence["Pair"]) -> list[str]:
             f"{pair.name[:30]:30} {frame.height:>7}x{frame.width:<7} {windows:>9} {memory / 1e9:>6.2f} GB "
             f"{likely / 1e9:>6.2f} GB {most / 1e9:>6.2f} GB {spell_time(windows * seconds):>9}"
         )
+    if "PyTorch on cpu" in setup.engine:
+        print("timed with PyTorch; unless --backend torch, the run may prepare ONNX Runtime, 3 to 4 times faster")
     free = shutil.disk_usage(existing_parent(setup.results.folder)).free
     count = f"{len(pairs)} image{'s' if len(pairs) > 1 else ''}"
     print(f"{count}, {spell_time(total)} at {seconds:.3f} s a window; {free / 1e9:.1f} GB free")
