@@ -19,6 +19,7 @@ import predict
 import trainer
 import validate
 from backends import load_forward
+from checkpoint import Geometry
 from classes import ClassMap
 from dataset import EvaluationSet
 from image_io import read_image, read_mask, write_mask
@@ -265,6 +266,24 @@ def test_training_validation_and_files_give_the_same_counts(tmp_path, classes, c
     assert (trained.confusion.sum(axis=0) > 0).sum() > 1, "one class alone would prove little"
     np.testing.assert_array_equal(files.confusion, trained.confusion)
     np.testing.assert_array_equal(validated["confusion"], trained.confusion)
+
+
+@pytest.mark.parametrize("rule", ["none", "saturation"])
+def test_slides_read_at_another_scale_give_the_same_counts(tmp_path, rule):
+    geometry = Geometry("crops", (64, 64), 64, 16, 4, mpp=0.5)
+    write_checkpoint(tmp_path / "run" / "best.pth", geometry=geometry, tissue=rule)
+    pixels = np.full((500, 600, 3), 240, np.uint8)
+    pixels[100:400, 200:500] = blobs(300, 300) // 2 + np.array([100, 0, 100], np.uint8)
+    quarter = {"resolution": (4e4, 4e4), "resolutionunit": "CENTIMETER"}
+    write_slide(tmp_path / "data" / "images" / "a.tif", pixels, **quarter)
+    truth = blobs(500, 600, seed=4)[..., 0] // 128
+    write_mask(tmp_path / "data" / "gt" / "a.png", truth)
+    words = ["-cd", tmp_path / "run", "-d", tmp_path / "data", "--cpu", "--backend", "torch"]
+    validate.main([str(word) for word in (*words, "-w", 0, "-o", tmp_path / "validated")])
+    predict.main([str(word) for word in (*words, "-o", tmp_path / "predicted", "--thumbnails", 0)])
+    found, wanted = read_mask(tmp_path / "predicted" / "masks" / "a.png"), truth[1::2, 1::2]
+    counts = [[int(((wanted == i) & (found == j)).sum()) for j in (0, 1)] for i in (0, 1)]
+    assert found.any() and json.loads((tmp_path / "validated" / "_metrics.json").read_text())["confusion"] == counts
 
 
 def test_nodata_is_background_in_the_files(tmp_path, run):
@@ -708,8 +727,6 @@ def test_views_are_averaged(tmp_path, run, tta):
 
 
 def test_whole_image_networks(tmp_path, capsys):
-    from checkpoint import Geometry
-
     write_checkpoint(tmp_path / "run" / "best.pth", geometry=Geometry("resize", (64, 96)))
     image = write_slide(tmp_path / "a.tif", blobs(150, 130))
     for words in (["--tta", "flips"], ["--tissue", "otsu"]):
@@ -840,8 +857,6 @@ def test_one_file_under_two_names_is_one(tmp_path, run):
 
 @pytest.mark.parametrize(("own", "size"), [(0.2527, 200), (0.3, 200), (0.125, 100)])
 def test_slides_are_read_at_the_scale_of_the_training(tmp_path, own, size):
-    from checkpoint import Geometry
-
     write_checkpoint(tmp_path / "run" / "best.pth", geometry=Geometry("crops", (64, 64), 64, 16, 4, mpp=0.25))
     options = {"resolution": (1e4 / own, 1e4 / own), "resolutionunit": "CENTIMETER"}
     image = write_slide(tmp_path / "a.tif", blobs(200, 200), **options)
@@ -850,8 +865,6 @@ def test_slides_are_read_at_the_scale_of_the_training(tmp_path, own, size):
 
 
 def test_a_slide_too_coarse_for_the_network(tmp_path, capsys):
-    from checkpoint import Geometry
-
     write_checkpoint(tmp_path / "run" / "best.pth", geometry=Geometry("crops", (64, 64), 64, 16, 4, mpp=0.25))
     options = {"resolution": (1e4, 1e4), "resolutionunit": "CENTIMETER"}
     image = write_slide(tmp_path / "a.tif", blobs(200, 200), **options)
