@@ -36,7 +36,8 @@ class Geometry:
 
     kind `resize`: the whole image is resized to `size` and the probabilities are resized back.
     kind `crops`: native scale; training saw crops of `size`, larger images go through tiling.py.
-    Sizes are (height, width); tile, overlap and halo are pixels and belong to `crops`. Slides are read at `mpp`
+    Sizes are (height, width); tile, overlap and halo are pixels and belong to `crops`, as do
+    window and tta (see tiling.predict_bands). Slides are read at `mpp`
     micrometres per pixel where both it and the slide's own are known, else reduced by `reduction`.
     """
 
@@ -47,6 +48,8 @@ class Geometry:
     halo: int = 0
     reduction: float = 1.0
     mpp: float = 0.0
+    window: str = "hann"
+    tta: str = "none"
 
 
 @dataclass(frozen=True)

@@ -150,13 +150,17 @@ class Scorer:
         self.names: list[str] = []
         self.image_counts: list[np.ndarray] = []  # per image (K, 3): true positives, false positives, false negatives
 
-    def update(self, name: str, probs: np.ndarray, mask: np.ndarray) -> dict[str, float | None]:
+    def update(
+        self, name: str, probs: np.ndarray, mask: np.ndarray, pred: np.ndarray | None = None
+    ) -> dict[str, float | None]:
         """Count one image.
 
         Args:
             name: says in messages and rows which image it is.
             probs: float32 (K, H, W), binary (1, H, W), in [0, 1].
             mask: class indices (H, W) uint8; 255 is not counted.
+            pred: class indices (H, W) that were decided on, such as filtered ones; None decides by the threshold. The
+                sweep over thresholds and AUC always belong to probs.
 
         Returns:
             This image's iou, dice, precision, recall, accuracy: the object's (binary) or the mean over classes, but
@@ -165,15 +169,18 @@ class Scorer:
         Raises:
             ValueError: shapes that don't fit, NaN or values outside [0, 1] on counted pixels, unknown classes.
         """
-        return self.update_parts(name, [(probs, mask)])
+        return self.update_parts(name, [(probs, mask)], pred)
 
-    def update_parts(self, name: str, parts: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, float | None]:
+    def update_parts(
+        self, name: str, parts: Iterable[tuple[np.ndarray, np.ndarray]], pred: np.ndarray | None = None
+    ) -> dict[str, float | None]:
         """Count one image that comes in parts, such as row bands: the counts are those of update with the whole.
 
         Args:
             name: see update.
             parts: (probabilities, mask) as update takes them, of any number of pixels each, every pixel once. They
                 may be reused for the next part. Nothing is counted when making or counting one of them fails.
+            pred: see update; for one part.
 
         Raises:
             ValueError: see update; also no part at all.
@@ -181,7 +188,7 @@ class Scorer:
         confusion, histogram, empty = np.zeros_like(self.confusion), np.zeros_like(self.histogram), True
         for probs, mask in parts:
             table, bins = self._count_part(name, probs, mask)
-            confusion += table
+            confusion += table if pred is None else self._confusion(name, pred, mask)
             if bins is not None:
                 histogram += bins
             empty = False

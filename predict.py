@@ -25,8 +25,6 @@ from typing import TYPE_CHECKING, Any
 import cli
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from backends import Forward
     from checkpoint import ModelConfig
     from pairing import Pair
@@ -213,16 +211,21 @@ def build_setup(
 ) -> Setup:
     """Load the networks and turn flags into options; says which checkpoint, backend and device work."""
     from backends import load_forward
-    from predictor import ReadOptions, mean_of
+    from predictor import ReadOptions, TileOptions, geometry_from_flags, mean_of
     from results import ResultOptions, filters_of
 
     config = configs[0]
     threshold = cli.pick_threshold(args.thres, config.thresholds, config.num_logits)
     if args.reduce and args.reduce < 1:
         raise cli.UsageError(f"--reduce {args.reduce:g} would enlarge the image; expected 1 or more")
-    if config.geometry.kind == "resize" and (args.tissue in TISSUE_RULES or args.tta != "none"):
-        raise cli.UsageError("--tissue and --tta are for networks trained on crops; this one sees whole images resized")
-    tiles = tile_options(args, configs)
+    if config.geometry.kind == "resize" and args.tissue in TISSUE_RULES:
+        raise cli.UsageError("--tissue is for networks trained on crops; this one sees whole images resized")
+    geometry, notes = geometry_from_flags(configs, args)
+    for note in notes:
+        print(f"warning: {note}")
+    configs = [replace(each, geometry=geometry) for each in configs]
+    batch = args.batch or min(each.tile_batch for each in configs)
+    tiles = replace(TileOptions.from_config(configs[0]), batch=batch, tissue=args.tissue, ahead=args.workers)
     backend, work = args.backend, 0.0
     if backend != "torch" and args.dry_run:  # an export is a file: it is used when it exists, and not made
         backend = "auto"
@@ -353,7 +356,7 @@ def open_writer(args: argparse.Namespace, folder: Path, pairs: Sequence["Pair"])
 
 def predict_one(setup: Setup, pair: "Pair", writer: Any) -> list[str]:
     """Predict one image and write its results; return what could not be decoded."""
-    from predictor import Picture, plan_picture
+    from predictor import Picture, plan_picture, thumbnail
     from result_record import begin_record, end_record
     from results import Results
 
@@ -371,7 +374,9 @@ def predict_one(setup: Setup, pair: "Pair", writer: Any) -> list[str]:
         with Results(frame, setup.configs[0], setup.results, f"{digest} {setup.engine}") as results:
             begin_record(folder, pair.name, digest, kinds, {"scale": frame.scale, "mpp": frame.mpp})
             megapixel = fill_rows(setup, picture, plan, results)
-            summary = results.finish(lambda step: thumbnail(picture, frame, step), with_picture=writer is not None)
+            summary = results.finish(
+                lambda step: thumbnail(picture.slide, frame.height, frame.width, step), with_picture=writer is not None
+            )
             damage = results.damage
             seconds = time.perf_counter() - begin
             facts = {"damage": damage, "scale": frame.scale, "mpp": frame.mpp}

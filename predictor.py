@@ -11,7 +11,7 @@ import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,13 +20,14 @@ from PIL import Image
 
 from backends import Forward
 from checkpoint import Geometry, ModelConfig
+from cli import UsageError
 from dataset import both_hold, load_image
 from image_io import IMAGE_SUFFIXES, ImageError, list_images, normalise, resize_image
 from outputs import clear_outside
 from pairing import Pair
 from slide_io import Slide, open_slide
 from slide_sources import OPENSLIDE_SUFFIXES
-from tiling import Axis, plan_axis, predict_bands, run_ahead
+from tiling import Axis, plan_axis, predict_bands, round_up, run_ahead
 from tissue import Tissue, find_tissue
 
 SLIDE_SUFFIXES = (".svs", ".ndpi", ".btf", *OPENSLIDE_SUFFIXES)
@@ -314,6 +315,50 @@ class TileOptions:
     tissue: str = ""
     ahead: int = 2
 
+    @classmethod
+    def from_config(cls, config: ModelConfig) -> "TileOptions":
+        """The way of a checkpoint, without tissue."""
+        geometry = config.geometry
+        return cls(
+            geometry.tile, geometry.overlap, geometry.halo, geometry.window, geometry.tta, batch=config.tile_batch
+        )
+
+
+def geometry_from_flags(configs: Sequence[ModelConfig], flags: Any) -> tuple[Geometry, list[str]]:
+    """How pixels meet the network: the checkpoint's way, and what the flags of cli.add_tile_args change about it.
+
+    Another tile brings an overlap of a quarter and a halo of a sixteenth with it, unless these are given too.
+
+    Returns:
+        The geometry, and what is to be said about it.
+
+    Raises:
+        UsageError: tile, overlap and halo do not go together, or they are meant for another kind of network.
+    """
+    geometry = configs[0].geometry
+    stride, min_side = common_sides(configs)
+    side = round_up(max(flags.tile_size or geometry.tile, min_side), stride)
+    if geometry.kind == "resize":
+        for name in ("overlap", "halo", "blend", "tta"):
+            if getattr(flags, name) is not None:
+                raise UsageError(f"--{name} is for networks trained on crops; this one sees whole images resized")
+        if not flags.tile_size or (side, side) == geometry.size:
+            return geometry, []
+        note = f"the network was trained on images resized to {geometry.size}, now {(side, side)}"
+        return replace(geometry, size=(side, side)), [note]
+    changed = side != geometry.tile
+    overlap = side // 4 if changed else geometry.overlap
+    if flags.overlap is not None:
+        overlap = round(flags.overlap * side) if flags.overlap < 1 else int(flags.overlap)
+    halo = min(side // 16 if changed else geometry.halo, overlap // 2) if flags.halo is None else flags.halo
+    window, tta = flags.blend or geometry.window, flags.tta or geometry.tta
+    try:
+        plan_axis(side, tile=side, overlap=overlap, halo=halo, stride=stride, min_side=min_side, window=window)
+    except ValueError as error:
+        raise UsageError(f"--tile-size, --overlap and --halo do not go together: {error}") from error
+    notes = [f"the tile was {geometry.tile} in the evaluation of training, now {side}"] if changed else []
+    return replace(geometry, tile=side, overlap=overlap, halo=halo, window=window, tta=tta), notes
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -503,6 +548,13 @@ def enlarge_bands(
             needed = max(math.floor(_centres(np.array(row), scale)), 0)
             drop = min(max(needed - begin, 0), max(held.shape[1] - 1, 0))
             held, begin = held[:, drop:].copy(), begin + drop
+
+
+def thumbnail(slide: Slide, height: int, width: int, step: int) -> np.ndarray:
+    """A slide with one pixel for every step x step pixels of a raster (height, width) that covers it: (h, w, C)."""
+    size = -(-height // step), -(-width // step)
+    grid = slide.grid(reduce=max(1.0, min(slide.height / size[0], slide.width / size[1])))
+    return resize_image(grid.read(0, 0, grid.height, grid.width), size)
 
 
 def memory_needed(picture: Picture, plan: Plan, options: TileOptions) -> int:

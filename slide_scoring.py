@@ -61,7 +61,7 @@ def predict_slide(
     geometry, options = config.geometry, SlideOptions.from_config(config)
     if geometry.kind != "crops":
         raise DatasetError(f"{pair.image} is a slide: a network that sees whole images resized cannot predict it")
-    tiles = TileOptions(geometry.tile, geometry.overlap, geometry.halo, batch=config.tile_batch)
+    tiles = TileOptions.from_config(config)
     with Picture(pair, [config], ReadOptions()) as picture, SlidePair(pair, options, config.mean) as slide:
         plan = plan_picture(picture, tiles)
         tissue = slide_tissue(slide, slide.options.tissue)

@@ -42,11 +42,15 @@ class TrainingStopped(RuntimeError):
 
 @dataclass(frozen=True)
 class Prediction:
-    """Probabilities (K, H, W) float32 of one image at its original size, with its mask (H, W) uint8 or None."""
+    """Probabilities (K, H, W) float32 of one image at its original size, with its mask (H, W) uint8 or None.
+
+    pred: class indices (H, W) that somebody decided on; None leaves it to the scorer.
+    """
 
     sample: Sample
     probs: np.ndarray
     mask: np.ndarray | None
+    pred: np.ndarray | None = None
 
 
 def predict_samples(
@@ -99,6 +103,8 @@ def _predict_native(forward: Forward, samples: Sequence[Sample], config: ModelCo
                 stride=config.stride,
                 min_side=config.min_side,
                 batch_size=config.tile_batch,
+                window=geometry.window,
+                tta=geometry.tta,
             )
         except RuntimeError as error:
             raise RuntimeError(f"{sample.pair.image}: {error}") from error
@@ -159,7 +165,7 @@ def evaluate(
         probs, mask = prediction.probs, prediction.mask
         if mask is None:
             continue
-        scores = scorer.update(prediction.sample.pair.name, probs, mask)
+        scores = scorer.update(prediction.sample.pair.name, probs, mask, prediction.pred)
         if loss is not None and (mask != IGNORE_INDEX).any():
             losses.append(loss_of_probs(loss, probs, mask))
         note(scores, prediction.sample.pair, mask, probs)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # what these load would make --help wait for seconds
     from object_metrics import ObjectScores
     from outputs import Outputs
     from pairing import Listing, Pair
+    from postprocess import Filters
     from slide_scoring import SlidePrediction
     from trainer import Prediction
 
@@ -37,6 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
     cli.add_backend_args(parser)
     cli.add_score_args(parser)
     cli.add_log_args(parser)
+    cli.add_tile_args(parser)
+    cli.add_filter_args(parser)
     add_output_args(parser)
     return parser
 
@@ -58,7 +61,6 @@ def add_output_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--metrics-json", type=Path, metavar="FILE", help="where to write all metrics as JSON")
     cli.add_switch(group, "--objects", help="also score objects: F1 at IoU 0.5 to 0.95, counts, sizes")
     cli.add_switch(group, "--cldice", help="also score centre lines (thin structures, one class)")
-    group.add_argument("--tile-size", type=cli.positive_int, metavar="S", help="another tile, or size to resize to")
     cli.add_tissue_arg(group)
 
 
@@ -110,17 +112,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def with_overrides(config: ModelConfig, args: argparse.Namespace) -> ModelConfig:
     """The checkpoint's description with what the flags change, said aloud where it changes the result."""
-    from checkpoint import Geometry
+    from predictor import geometry_from_flags
 
-    geometry = config.geometry
-    if args.tile_size:
-        side = -(-max(args.tile_size, config.min_side) // config.stride) * config.stride
-        if geometry.kind == "resize":
-            print(f"warning: the network was trained on images resized to {geometry.size}, now {(side, side)}")
-            geometry = Geometry("resize", (side, side))
-        else:
-            print(f"warning: the tile was {geometry.tile} in the evaluation of training, now {side}")
-            geometry = replace(geometry, tile=side, overlap=side // 4, halo=side // 16)
+    geometry, notes = geometry_from_flags([config], args)
+    for note in notes:
+        print(f"warning: {note}")
     tissue = config.tissue if args.tissue == "auto" else args.tissue
     config = replace(config, geometry=geometry, tissue=tissue)
     return config.with_tile_batch(args.batch) if args.batch else config
@@ -244,12 +240,16 @@ def validate(
     from classes import ClassMap
     from dataset import EvaluationSet
     from outputs import write_tables
+    from results import filters_of
 
     scorer = trainer.build_scorer(config, threshold=threshold, empty=args.empty)
     extra = ExtraScores(args.objects, args.cldice)
+    filters = filters_of(args)
     data = EvaluationSet(listing.pairs, ClassMap.from_config(config), config, with_images=outputs.plots)
+    if any(data.slides) and filters != type(filters)():
+        raise cli.UsageError("the objects of slides are not filtered here; predict.py writes filtered masks of slides")
     predictions = trainer.predict_samples(forward, data, workers=args.workers, description="predicting")
-    seen = write_outputs(predictions, config, outputs, threshold, extra)
+    seen = write_outputs(predictions, config, outputs, threshold, extra, filters)
     result = trainer.evaluate(seen, scorer, keep_worst=args.worst)
     if not listing.has_masks:
         return None
@@ -269,9 +269,11 @@ def write_outputs(
     outputs: Outputs,
     threshold: float,
     extra: ExtraScores,
+    filters: Filters,
 ) -> Iterator[Prediction | SlidePrediction]:
-    """Write masks, probabilities and plots of each prediction as it passes."""
+    """Decide and filter, write masks, probabilities and plots of each prediction as it passes."""
     from outputs import decide, write_plot, write_prediction
+    from postprocess import filter_mask
     from slide_scoring import SlidePrediction
     from trainer import build_scorer
 
@@ -282,7 +284,7 @@ def write_outputs(
                 print(f"warning: {message}; its pixels do not count")
             continue
         pair, probs, mask = prediction.sample.pair, prediction.probs, prediction.mask
-        pred = decide(probs, threshold)
+        pred = filter_mask(decide(probs, threshold), filters)
         write_prediction(outputs, config, pair.name, probs, pred)
         if outputs.plots:
             assert prediction.sample.image is not None, "plots need EvaluationSet(with_images=True)"
@@ -291,7 +293,7 @@ def write_outputs(
             write_plot(outputs, config, pair.name, image=image, mask=mask, pred=pred, probs=probs, scores=scores)
         if mask is not None:
             score_extra(extra, pair, pred, mask, instances=config.mask_threshold is None)
-        yield prediction
+        yield replace(prediction, pred=pred)
 
 
 def write_slide(
@@ -300,6 +302,7 @@ def write_slide(
     """Hand on the bands of a slide and write what predict.py would: mask, probabilities (--raw), overlay (--plots)."""
     import shutil
 
+    from predictor import thumbnail
     from results import Frame, ResultOptions, Results
 
     wanted = {"mask": outputs.masks, "prob": outputs.raw, "overlay": outputs.plots}
@@ -317,15 +320,6 @@ def write_slide(
             results.add(band[1])
             yield band
         results.finish(lambda step: thumbnail(slide, frame.height, frame.width, step))
-
-
-def thumbnail(slide: Any, height: int, width: int, step: int) -> np.ndarray:
-    """A slide with one pixel for every step x step of (height, width): (h, w, C)."""
-    from image_io import resize_image
-
-    size = -(-height // step), -(-width // step)
-    grid = slide.grid(reduce=max(1.0, min(slide.height / size[0], slide.width / size[1])))
-    return resize_image(grid.read(0, 0, grid.height, grid.width), size)
 
 
 def score_extra(extra: ExtraScores, pair: Pair, pred: np.ndarray, mask: np.ndarray, *, instances: bool = True) -> None:

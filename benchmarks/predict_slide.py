@@ -242,13 +242,23 @@ def sizes(args: argparse.Namespace, folder: Path) -> None:
 
 
 def real_network() -> Any:
-    """deeplabv3+ / efficientnet-b0 with random weights."""
+    """deeplabv3+ / efficientnet-b0 with random weights and the statistics that they make of noise.
+
+    Without these its logits would all be 0, and the export could not be proved equal.
+    """
     import torch
 
     from model import build_model
 
     torch.manual_seed(0)
-    return build_model("deeplabv3+", "efficientnet-b0", in_channels=3, num_logits=1).eval()
+    network = build_model("deeplabv3+", "efficientnet-b0", in_channels=3, num_logits=1)
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.momentum = None  # the mean over all batches
+    with torch.inference_mode():
+        for _ in range(3):
+            network(torch.randn(4, 3, 128, 128))
+    return network.eval()
 
 
 def real_forwards() -> dict[str, Callable[[np.ndarray], np.ndarray]]:

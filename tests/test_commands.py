@@ -17,6 +17,7 @@ import validate
 from checkpoint import load_checkpoint
 from image_io import read_image, read_mask, write_mask
 from pairing import Pair
+from postprocess import Filters, filter_mask
 
 SMALL = ["-m", "plain-unet", "--encoder", "plain-8", "--image-size", "32", "-b", "3", "-a", "safe", "-w", "0", "--cpu"]
 
@@ -345,6 +346,45 @@ def test_outputs_have_the_size_of_the_image(trained, tmp_path):
 def test_another_size_is_warned_about(trained, discs, tmp_path, capsys):
     run_validate("-d", discs / "val", "-cd", trained, "-o", tmp_path, "--com", "--tile-size", 64)
     assert "warning: the network was trained on images resized to (32, 32), now (64, 64)" in capsys.readouterr().out
+
+
+def test_filters_change_masks_and_scores_alike(trained, discs, tmp_path, capsys):
+    """The score is that of the masks that are written, but the sweep belongs to the probabilities."""
+    summaries = []
+    for name, flags in (("plain", ()), ("filtered", ("--closing", 3, "--fill-holes", -1, "--keep-largest"))):
+        run_validate("-d", discs / "val", "-cd", trained, "-o", tmp_path / name, "--raw", "-t", 0.3, *flags)
+        summaries.append(json.loads((tmp_path / name / "_metrics.json").read_text()))
+    filters = Filters(closing=3, fill_holes=-1, keep_largest=True)
+    confusion = np.zeros((2, 2), int)
+    for path in sorted((tmp_path / "filtered" / "masks").iterdir()):
+        found, truth = read_mask(path) > 0, read_mask(discs / "val" / "gt" / path.name) > 0
+        plain = read_mask(tmp_path / "plain" / "masks" / path.name) > 0
+        np.testing.assert_array_equal(found, filter_mask(plain, filters))
+        confusion += np.array([[np.sum((truth == t) & (found == p)) for p in (0, 1)] for t in (0, 1)])
+    assert summaries[1]["confusion"] == confusion.tolist() != summaries[0]["confusion"]
+    assert summaries[1]["sweep"] == summaries[0]["sweep"]
+
+
+def test_tile_flags_reach_validation(crops_run, colours, tmp_path, capsys):
+    """Other tiles, windows and views give other probabilities; numbers that do not fit are a usage error."""
+    seen = {}
+    for name, flags in (
+        ("as trained", ()),
+        ("views", ("--tta", "d4")),
+        ("window", ("--tile-size", 32, "--overlap", 0.5, "--blend", "constant", "--halo", 0)),
+    ):
+        words = ("-d", colours, "--split", "val", "-cd", crops_run, "-o", tmp_path / name, "--raw")
+        run_validate(*words, *flags)
+        files = sorted((tmp_path / name / "raw").iterdir())
+        seen[name] = np.concatenate([read_image(path).ravel() for path in files]).astype(int)
+    assert "the tile was 64 in the evaluation of training, now 32" in capsys.readouterr().out
+    for name in ("views", "window"):
+        difference = np.abs(seen[name] - seen["as trained"])
+        assert difference.max() > 100, name
+    with pytest.raises(SystemExit) as stop:
+        run_validate("-d", colours, "--split", "val", "-cd", crops_run, "--overlap", 10, "--halo", 8)
+    assert stop.value.code == 2
+    assert "overlap 10 is less than twice the halo 8" in capsys.readouterr().err
 
 
 def test_validation_logs_to_tensorboard(trained, discs, tmp_path):
