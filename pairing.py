@@ -4,7 +4,7 @@ import csv
 import hashlib
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -242,7 +242,7 @@ def _list_masks(folder: Path, images: dict[str, Path]) -> dict[str, Path]:
             found[stem] = path
     if len(found.keys() & images.keys()) == len(images):
         return found
-    tables = [path for path in sorted(folder.glob("*.csv")) if path.name[0] != "." and _run_columns(path)]
+    tables = [path for path in sorted(folder.glob("*.csv")) if path.name[0] != "." and _is_run_table(path)]
     if len(tables) > 1:
         raise DatasetError(
             f"{folder} holds {len(tables)} tables of run lengths, {tables[0].name} and {tables[1].name}; expected one: "
@@ -252,35 +252,64 @@ def _list_masks(folder: Path, images: dict[str, Path]) -> dict[str, Path]:
     return {**{stem: tables[0] for stem in images.keys() & named}, **found}
 
 
-def _run_columns(path: Path) -> tuple[str, str, str | None, str] | None:
-    """The columns of a table of run lengths: id, runs, class or None; and its delimiter. None: it is none."""
+@dataclass(frozen=True)
+class _RunTable:
+    """The columns of a table of run lengths; runs: column to the class that it is named after, if any."""
+
+    name: str
+    runs: dict[str, str | None]
+    kind: str | None
+    delimiter: str
+
+
+def _is_run_table(path: Path) -> bool:
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            line = file.readline(4096)
-    except UnicodeDecodeError:
-        return None
+        _run_columns(path, ())
+    except (DatasetError, UnicodeDecodeError):
+        return False
+    return True
+
+
+def _run_columns(path: Path, classes: Collection[str]) -> _RunTable:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        line = file.readline(4096)
     delimiter = ";" if line.count(";") > line.count(",") else ","
     columns = next(csv.reader([line], delimiter=delimiter), [])
-    runs = next((column for column in columns if column.strip().lower() in RUN_COLUMNS), None)
-    name = next((column for column in columns if column.strip().lower() == "id"), None)
-    kind = next((column for column in columns if column.strip().lower() in CLASS_COLUMNS), None)
-    return None if runs is None or name is None else (name, runs, kind, delimiter)
+
+    def first(names: Collection[str]) -> str | None:
+        return next((column for column in columns if column.strip().lower() in names), None)
+
+    name, one, kind = first(("id",)), first(RUN_COLUMNS), first(CLASS_COLUMNS)
+    runs: dict[str, str | None] = {column: column.strip() for column in columns if column.strip() in classes}
+    if not runs and one is not None:
+        runs[one] = None
+    if name is None or not runs:
+        wanted = f"id and {RUN_COLUMNS[0]}" if name is None else f"one of {', '.join(RUN_COLUMNS)}"
+        raise DatasetError(
+            f"{path} is no table of run lengths: it has the columns {', '.join(columns)}; expected {wanted}"
+        )
+    return _RunTable(name, runs, kind, delimiter)
 
 
-def read_runs(path: Path) -> Iterator[tuple[str, str | None, str]]:
-    """Rows of a table of run lengths: name of the image, class (None: the table has no such column), runs.
+def read_runs(path: Path, classes: Collection[str] = ()) -> Iterator[tuple[str, str | None, str]]:
+    """Rows of a table of run lengths: name of the image, class (None: the table does not say), runs.
+
+    Args:
+        classes: columns of these names hold the runs of that class, if there are such columns.
 
     Raises:
         DatasetError: no such table.
     """
-    columns = _run_columns(path)
-    if columns is None:
-        raise DatasetError(f"{path} is no table of run lengths; expected the columns id and {RUN_COLUMNS[0]}")
-    name, runs, kind, delimiter = columns
     csv.field_size_limit(LONGEST_CELL)
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        for row in csv.DictReader(file, delimiter=delimiter):
-            yield _plain_name(row[name] or ""), (row[kind] or "").strip() or None if kind else None, row[runs] or ""
+    try:
+        table = _run_columns(path, classes)
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            for row in csv.DictReader(file, delimiter=table.delimiter):
+                kind = (row[table.kind] or "").strip() or None if table.kind else None
+                for column, own in table.runs.items():
+                    yield _plain_name(row[table.name] or ""), own or kind, row[column] or ""
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DatasetError(f"{path} is not a csv file in UTF-8 ({error}); expected columns id and encoding") from error
 
 
 def _plain_name(name: str) -> str:

@@ -125,9 +125,12 @@ class Setup:
 
 def run(args: argparse.Namespace) -> list[str]:
     """Predict all images; return what went wrong."""
+    import cv2
+
     from backends import load_config
     from result_record import merge_run_lengths, write_description
 
+    cv2.setNumThreads(1)  # the network has the cores; OpenCV's own threads would make it wait
     device = cli.pick_device(args.device, args.cpu)
     paths = find_checkpoints(args)
     configs = [load_config(path) for path in paths]

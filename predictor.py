@@ -319,9 +319,8 @@ class TileOptions:
     def from_config(cls, config: ModelConfig) -> "TileOptions":
         """The way of a checkpoint, without tissue."""
         geometry = config.geometry
-        return cls(
-            geometry.tile, geometry.overlap, geometry.halo, geometry.window, geometry.tta, batch=config.tile_batch
-        )
+        tile = geometry.tile or max(geometry.size)  # of networks that see whole images nothing is cut
+        return cls(tile, geometry.overlap, geometry.halo, geometry.window, geometry.tta, batch=config.tile_batch)
 
 
 def geometry_from_flags(configs: Sequence[ModelConfig], flags: Any) -> tuple[Geometry, list[str]]:

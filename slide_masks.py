@@ -5,7 +5,8 @@ lengths and a raster of the same regions give the same pixels, bit for bit.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,7 +16,7 @@ import numpy as np
 from geojson import check_inside, read_geojson
 from image_headers import ImageError
 from image_io import read_mask
-from pairing import SHAPE_SUFFIXES, Pair, read_runs
+from pairing import SHAPE_SUFFIXES, read_runs
 from polygons import ShapeIndex
 from rle import RleRaster
 from slide_io import Slide, open_slide
@@ -56,7 +57,14 @@ class MaskSource(Protocol):
     findings: list[str]
 
     def read(self, top: int, left: int, height: int, width: int) -> np.ndarray:
-        """Values (height, width) of a window inside the raster, of an unsigned type."""
+        """Values (height, width) of a window inside the raster, of an unsigned type.
+
+        Raises:
+            ImageError: the file cannot be decoded there, or holds no labels.
+        """
+
+    def at(self, raster: Raster) -> "MaskSource":
+        """The same mask on another raster of the slide; it is open as long as this one."""
 
     def close(self) -> None:
         """Let go of the file."""
@@ -67,29 +75,65 @@ def is_annotation(path: Path | None) -> bool:
     return path is not None and path.suffix.lower() in (*SHAPE_SUFFIXES, RUN_SUFFIX)
 
 
-def open_mask(path: Path, pair: Pair, slide: Slide, raster: Raster) -> MaskSource:
+@dataclass(frozen=True)
+class MaskOptions:
+    """How masks are opened.
+
+    classes: names of columns of a table, or endings of its names as in slide_tumor, that hold the runs of one class.
+    left_out: classes that are not painted. max_decoded_gb: of a raster that cannot be read by windows.
+    """
+
+    classes: tuple[str, ...] = ()
+    left_out: frozenset[str | None] = frozenset()
+    max_decoded_gb: float = 4.0
+
+
+def open_mask(
+    path: Path, name: str, slide: Slide, raster: Raster, options: MaskOptions = MaskOptions()
+) -> MaskSource:
     """Open the mask, or the region of interest, of a slide.
+
+    Args:
+        name: of the slide, which its rows in a table of run lengths bear.
 
     Raises:
         ImageError: the file cannot be used; it is named.
+        DatasetError: a csv file that is no table of run lengths.
     """
     if path.suffix.lower() in SHAPE_SUFFIXES:
-        return ShapeMask(path, slide, raster)
+        return ShapeMask(path, slide, raster, options)
     if path.suffix.lower() == RUN_SUFFIX:
-        return RunMask(path, pair.name, slide, raster)
-    return RasterMask(path, slide, raster)
+        return RunMask(path, name, slide, raster, options)
+    return RasterMask(path, slide, raster, options)
+
+
+def strips_below(mask: MaskSource, slide: Slide, raster: Raster, window: tuple[int, int, int, int]) -> Iterator[np.ndarray]:
+    """All values of level 0 that lie under a window (top, left, height, width) of a raster, some rows at a time.
+
+    Args:
+        mask: of the slide, on the raster of level 0.
+    """
+    sizes = (slide.height, slide.width)
+    (top, bottom), (left, right) = (
+        (min(math.floor(first * raster.scale), size - 1), min(math.ceil((first + count) * raster.scale), size))
+        for first, count, size in zip(window[:2], window[2:], sizes, strict=True)
+    )
+    step = max(1, CHUNK // (right - left))
+    for first in range(top, bottom, step):
+        yield mask.read(first, left, min(step, bottom - first), right - left)
 
 
 class ShapeMask:
     """Polygons of a GeoJSON file in level-0 pixels; later ones lie over earlier ones."""
 
-    def __init__(self, path: Path, slide: Slide, raster: Raster) -> None:
+    def __init__(self, path: Path, slide: Slide, raster: Raster, options: MaskOptions) -> None:
         shapes, findings = read_geojson(path)
         outside = check_inside(shapes, slide.height, slide.width)
         apart = {finding.feature for finding in outside if "wholly" in finding.problem}
         if shapes and apart >= {shape.feature for shape in shapes}:
             raise ImageError(f"{path}: no annotation lies on the slide {slide.path}: {outside[0]}")
         self.findings = [f"{path}: {finding}" for finding in (*findings, *outside)]
+        shapes = [shape for shape in shapes if shape.name not in options.left_out]
         found = {shape.name for shape in shapes}
         self.names: list[str | None] | None = sorted(found, key=lambda name: (name is not None, name or ""))
         self._values = {name: number for number, name in enumerate(self.names, 1)}
@@ -98,6 +142,12 @@ class ShapeMask:
     def read(self, top: int, left: int, height: int, width: int) -> np.ndarray:
         """See MaskSource."""
         return self._index.rasterise_classes(self._values, top, left, height, width)
+
+    def at(self, raster: Raster) -> "ShapeMask":
+        """See MaskSource."""
+        other = copy(self)
+        other._index = ShapeIndex(self._index.shapes, raster.scale)
+        return other
 
     def close(self) -> None:
         """Nothing is open."""
@@ -108,21 +158,24 @@ class RunMask:
 
     findings: list[str]
 
-    def __init__(self, path: Path, name: str, slide: Slide, raster: Raster) -> None:
+    def __init__(self, path: Path, name: str, slide: Slide, raster: Raster, options: MaskOptions) -> None:
         self.findings, self._raster, self._full = [], raster, Raster(slide.height, slide.width, 1.0)
         texts: dict[str | None, str] = {}
-        for other, kind, runs in read_runs(path):
-            if other != name:
+        endings = {f"{name}_{kind}": kind for kind in options.classes}
+        for other, kind, runs in read_runs(path, options.classes):
+            if other != name and other not in endings:
                 continue
+            kind = endings.get(other, kind)
             if kind in texts:
                 which = f" of class {kind!r}" if kind is not None else ""
                 raise ImageError(f"{path} has two rows for {name!r}{which}; expected one: join or delete them")
             texts[kind] = runs
+        texts = {kind: runs for kind, runs in texts.items() if kind not in options.left_out}
         self.names: list[str | None] | None = list(texts)
         try:
             self._parts = [RleRaster(runs, slide.height, slide.width) for runs in texts.values()]
         except ValueError as error:
-            raise ImageError(f"{path}, row {name!r}: {error}") from error
+            raise ImageError(f"{path}, row {name!r}, of the slide {slide.path}: {error}") from error
 
     def read(self, top: int, left: int, height: int, width: int) -> np.ndarray:
         """See MaskSource."""
@@ -131,6 +184,12 @@ class RunMask:
         for number, part in enumerate(self._parts, 1):
             values[read_places(part.read, rows, columns)] = number
         return values
+
+    def at(self, raster: Raster) -> "RunMask":
+        """See MaskSource."""
+        other = copy(self)
+        other._raster = raster
+        return other
 
     def close(self) -> None:
         """Nothing is open."""
@@ -142,7 +201,7 @@ class RasterMask:
     names: list[str | None] | None = None
     findings: list[str]
 
-    def __init__(self, path: Path, slide: Slide, raster: Raster) -> None:
+    def __init__(self, path: Path, slide: Slide, raster: Raster, options: MaskOptions) -> None:
         self.findings, self.path, self._raster = [], path, raster
         self._slide: Slide | None = None
         self._divisor, is_palette = _tiff_form(path)
@@ -150,7 +209,7 @@ class RasterMask:
             whole = read_mask(path)
             (height, width), self._read = whole.shape, _window_reader(whole)
         else:
-            self._slide = open_slide(path)
+            self._slide = open_slide(path, max_decoded_gb=options.max_decoded_gb)
             self._grid = self._slide.grid()
             self._grid.keep(KEPT_BYTES)
             height, width, self._read = self._grid.height, self._grid.width, self._read_grid
@@ -167,15 +226,15 @@ class RasterMask:
 
     def _read_grid(self, top: int, left: int, height: int, width: int) -> np.ndarray:
         pixels = self._grid.read(top, left, height, width)
-        if self._grid.damage:
-            raise ImageError(self._grid.damage[0])
+        if self._grid.damage and self._grid.valid(top, left, height, width) is not None:
+            raise ImageError(self._grid.damage[-1])
         values = pixels[:, :, 0]
         if pixels.shape[2] > 1 and (pixels != pixels[:, :, :1]).any():
             raise ImageError(f"{self.path} has {pixels.shape[2]} channels that differ; expected one: save it as grey")
         if values.dtype.kind == "f":
             if not ((values >= 0) & (values == np.rint(values))).all():
                 found = f"{values.min():g} to {values.max():g}"
-                raise ImageError(f"{self.path} holds {found}; expected whole labels from 0")
+                raise ImageError(f"{self.path} holds the values {found}; expected whole labels from 0")
             return values.astype(np.uint32)
         return values // values.dtype.type(self._divisor) if self._divisor > 1 else values
 
@@ -183,6 +242,12 @@ class RasterMask:
         """See MaskSource."""
         rows, columns = self._raster.places(top, height, left, width, self._own)
         return read_places(self._read, rows, columns)
+
+    def at(self, raster: Raster) -> "RasterMask":
+        """See MaskSource."""
+        other = copy(self)
+        other._raster = raster
+        return other
 
     def close(self) -> None:
         """Close the file."""

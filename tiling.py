@@ -245,7 +245,7 @@ def read_batches(
             )
             for row, col in chunk
         ]
-        yield chunk, np.stack(pixels)
+        yield chunk, pixels[0][None] if len(pixels) == 1 else np.stack(pixels)
 
 
 def read_tile(read: Read, row_index: np.ndarray, col_index: np.ndarray) -> np.ndarray:

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import tifffile
 from scipy.ndimage import gaussian_filter
@@ -56,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print a table."""
     args = cli.parse(build_parser(), argv)
+    cv2.setNumThreads(1)  # as predict.py does
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         folder = args.folder or Path(scratch)
         {"peer": peer, "overhead": overhead, "memory": memory, "sizes": sizes, "one": one}[args.what](args, folder)

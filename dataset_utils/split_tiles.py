@@ -22,8 +22,7 @@ import tifffile
 
 import cli
 from dataset_utils.tile_cutting import plan_origins
-from dataset_utils.tile_masks import slide_id
-from image_io import ImageError, atomic_write
+from image_io import ImageError, atomic_write, file_stem
 from pairing import DatasetError
 from slide_io import Georeference, Grid, Slide, open_slide
 
@@ -148,7 +147,7 @@ def run(args: argparse.Namespace) -> list[str]:
         rasters = [open_raster(name, path, stack, args.max_decoded_gb) for name, path in paths.items()]
         check_sizes(rasters)
         check_rule(rule, rasters)
-        stem = args.name or slide_id(rasters[0].slide.path)
+        stem = args.name or file_stem(rasters[0].slide.path)
         return cut(args, rasters, rule, stem)
 
 

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 
 import tissue
-from dataset_utils.tile_masks import LabelRule, MaskSource, TileMask, open_mask
+from dataset_utils.tile_masks import Annotation, LabelRule, TileMask
 from image_io import ImageError, write_image, write_mask
 from slide_io import Grid, Slide, open_slide
 
@@ -53,7 +53,7 @@ class Job:
 
     name: str
     path: Path
-    mask: MaskSource
+    mask: Annotation
     folder: Path
     options: CutOptions
 
@@ -184,7 +184,7 @@ class OpenSlide:
         if options.tissue == "saturation" and (self.grid.channels < 3 or self.grid.dtype.kind == "f"):
             what = f"{self.grid.channels} channel(s)" if self.grid.channels < 3 else "real numbers"
             raise ImageError(f"{job.path} has {what} and no saturation; use --tissue otsu or --tissue none")
-        self.mask: TileMask = open_mask(job.mask, self.slide, options.rule, options.max_decoded_gb)
+        self.mask = TileMask(job.mask, self.slide, self.grid, options.rule, options.max_decoded_gb)
         self.tissue = tissue.find_tissue(self.slide, self.grid, "otsu") if options.tissue == "otsu" else None
 
     def findings(self) -> list[str]:
@@ -264,7 +264,7 @@ def _cut_tile(task: Task, opened: OpenSlide, column: int, findings: list[str]) -
     window = (layout.rows[task.row], layout.columns[column], *layout.extent())
     pixels, valid = opened.grid.read(*window), opened.grid.valid(*window)
     try:
-        labels, annotated = opened.mask.read_grid(*window, layout.scale)
+        labels, annotated = opened.mask.read(*window)
     except ImageError as error:
         findings.append(str(error))
         return Tile(task.row, column, UNREADABLE, 0, {})

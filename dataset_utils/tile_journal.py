@@ -15,7 +15,7 @@ from pairing import DatasetError
 
 RECORD = "tiles.json"
 FOLDER = ".tiles"
-FORMAT = 1  # raised when the same flags cut other tiles
+FORMAT = 2  # raised when the same flags cut other tiles
 
 
 def claim_folder(folder: Path, flags: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ Examples:
     python -m dataset_utils.tile_slides -i slide.svs -a slide.geojson -o data/tiles --classes tumor=64 vessel=128
 
 Slides are read by windows. Annotations are run lengths (csv with id and encoding), GeoJSON or mask files, in pixels of
-the full resolution. Tiles cover the whole slide, the last ones are moved in; a slide that is smaller than a tile gives
+the full resolution, read as training straight from slides reads them. Tiles cover the whole slide, the last ones are moved in; a slide that is smaller than a tile gives
 one tile of its own size, which training pads without counting the padding. Tiles with annotation are always kept. The
 same command goes on after a kill; what cannot be used is named, the rest is done, and the exit status is 1.
 """
@@ -36,12 +36,10 @@ from dataset_utils.tile_cutting import (
     plan_slide,
 )
 from dataset_utils.tile_journal import Journal, claim_folder, remove_leftovers
-from dataset_utils.tile_masks import MAX_VALUE, LabelRule, find_masks, slide_id
-from image_io import IMAGE_SUFFIXES, ImageError, write_text
-from pairing import Pair, share_by_name
-from slide_sources import OPENSLIDE_SUFFIXES
+from dataset_utils.tile_masks import MAX_VALUE, LabelRule, find_masks
+from image_io import IMAGE_SUFFIXES, ImageError, file_stem, write_text
+from pairing import SLIDE_SUFFIXES, Pair, share_by_name
 
-SLIDE_SUFFIXES = (*IMAGE_SUFFIXES, ".svs", ".ndpi", *OPENSLIDE_SUFFIXES)
 MANIFEST = "manifest.csv"
 KINDS = (ANNOTATED, EMPTY, NO_TISSUE, NO_DATA, UNREADABLE)
 OVER_CAP = "over the cap"
@@ -141,13 +139,13 @@ def add_mask_args(parser: argparse.ArgumentParser) -> None:
         type=_class_value,
         default=[],
         metavar="NAME=N",
-        help="mask value of each class instead: a GeoJSON class, a csv column, or a value of mask files; 0: left out",
+        help="mask value of each class instead: a GeoJSON class, a csv class, or a value of mask files; 0: left out",
     )
     group.add_argument(
         "--names",
         choices=("coordinates", "predecessor"),
         default="coordinates",
-        help="<id>_x<x>_y<y> in images/ and gt/, or <id>_<n>red<reduce> in images_<size>_red<reduce>/ and masks_...",
+        help="<id>_x<x>_y<y> in images/ and gt/, or <id>_<n>red<reduce> in images_<size>_red<reduce>/ and masks_<size>...",
     )
 
 
@@ -260,7 +258,8 @@ def find_slides(words: Sequence[str]) -> dict[str, Path]:
     for word in words:
         path = Path(word).expanduser()
         if path.is_dir():
-            inside = [item for item in path.iterdir() if item.suffix.lower() in SLIDE_SUFFIXES and item.name[0] != "."]
+            kinds = (*IMAGE_SUFFIXES, *SLIDE_SUFFIXES)
+            inside = [item for item in path.iterdir() if item.suffix.lower() in kinds and item.name[0] != "."]
         else:
             root = Path(path.anchor)
             inside = [path] if path.exists() else list(root.glob(str(path.relative_to(root))))
@@ -268,10 +267,10 @@ def find_slides(words: Sequence[str]) -> dict[str, Path]:
             what = f"the folder {path} holds" if path.is_dir() else f"{word} names"
             raise FileNotFoundError(f"{what} no image or slide; expected files such as *.tif or *.svs")
         for item in sorted(file for file in inside if file.is_file()):
-            other = slides.setdefault(slide_id(item), item)
+            other = slides.setdefault(file_stem(item), item)
             if other.resolve() != item.resolve():
                 raise ImageError(
-                    f"{other} and {item} would both give tiles named {slide_id(item)}_...; rename one, or cut them "
+                    f"{other} and {item} would both give tiles named {file_stem(item)}_...; rename one, or cut them "
                     "into two folders"
                 )
     return dict(sorted(slides.items()))

@@ -732,9 +732,11 @@ def test_whole_image_networks(tmp_path, capsys):
     for words in (["--tta", "flips"], ["--tissue", "otsu"]):
         error = stopped(2, capsys, *flags(tmp_path / "run", image, tmp_path / "out", *words))
         assert f"{words[0]} is for networks trained on crops" in error
-    go(tmp_path / "run", image, tmp_path / "out", "--tile-size", 32)
-    assert "the network was trained on images resized to (64, 96), now (32, 32)" in capsys.readouterr().out
+    go(tmp_path / "run", image, tmp_path / "out")
     assert read_mask(tmp_path / "out" / "masks" / "a.png").shape == (150, 130)
+    go(tmp_path / "run", image, tmp_path / "small", "--tile-size", 32)
+    assert "trained on images resized to (64, 96), now (32, 32)" in capsys.readouterr().out
+    assert read_mask(tmp_path / "small" / "masks" / "a.png").shape == (150, 130)
 
 
 def test_onnx_gives_nearly_the_same(tmp_path, run):
