@@ -248,8 +248,10 @@ def build_setup(
         asdict(read),
         asdict(replace(tiles, ahead=0)),
         asdict(replace(results, folder=Path())),
+        asdict(geometry),
         args.full_size,
         args.backend,
+        args.amp,
     ]
     content = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
     return Setup(

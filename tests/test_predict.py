@@ -734,6 +734,8 @@ def test_whole_image_networks(tmp_path, capsys):
         assert f"{words[0]} is for networks trained on crops" in error
     go(tmp_path / "run", image, tmp_path / "out")
     assert read_mask(tmp_path / "out" / "masks" / "a.png").shape == (150, 130)
+    error = stopped(2, capsys, *flags(tmp_path / "run", image, tmp_path / "out", "--tile-size", 96))
+    assert "in the way" in error, "(96, 96) is another size than (64, 96)"
     go(tmp_path / "run", image, tmp_path / "small", "--tile-size", 32)
     assert "trained on images resized to (64, 96), now (32, 32)" in capsys.readouterr().out
     assert read_mask(tmp_path / "small" / "masks" / "a.png").shape == (150, 130)
