@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -88,9 +89,7 @@ class MaskOptions:
     max_decoded_gb: float = 4.0
 
 
-def open_mask(
-    path: Path, name: str, slide: Slide, raster: Raster, options: MaskOptions = MaskOptions()
-) -> MaskSource:
+def open_mask(path: Path, name: str, slide: Slide, raster: Raster, options: MaskOptions = MaskOptions()) -> MaskSource:
     """Open the mask, or the region of interest, of a slide.
 
     Args:
@@ -107,7 +106,9 @@ def open_mask(
     return RasterMask(path, slide, raster, options)
 
 
-def strips_below(mask: MaskSource, slide: Slide, raster: Raster, window: tuple[int, int, int, int]) -> Iterator[np.ndarray]:
+def strips_below(
+    mask: MaskSource, slide: Slide, raster: Raster, window: tuple[int, int, int, int]
+) -> Iterator[np.ndarray]:
     """All values of level 0 that lie under a window (top, left, height, width) of a raster, some rows at a time.
 
     Args:
@@ -137,16 +138,27 @@ class ShapeMask:
         found = {shape.name for shape in shapes}
         self.names: list[str | None] | None = sorted(found, key=lambda name: (name is not None, name or ""))
         self._values = {name: number for number, name in enumerate(self.names, 1)}
+        self._raster, self._full = raster, Raster(slide.height, slide.width, 1.0)
         self._index = ShapeIndex(shapes, raster.scale)
+        last = slide.width - 1, slide.height - 1
+        self._border = ShapeIndex([shape for shape in shapes if any((ring > last).any() for ring in shape.rings)])
 
     def read(self, top: int, left: int, height: int, width: int) -> np.ndarray:
         """See MaskSource."""
-        return self._index.rasterise_classes(self._values, top, left, height, width)
+        values = self._index.rasterise_classes(self._values, top, left, height, width)
+        rows, columns = self._raster.places(top, height, left, width, self._full)
+        border = partial(self._border.rasterise_classes, self._values)
+        bottom, right = ((end - 0.5) * self._raster.scale for end in (top + height, left + width))
+        if bottom >= self._full.height:  # the centres of the last row lie on the slide's border, where polygons end
+            values[-1:] = read_places(border, rows[-1:], columns)
+        if right >= self._full.width:
+            values[:, -1:] = read_places(border, rows, columns[-1:])
+        return values
 
     def at(self, raster: Raster) -> "ShapeMask":
         """See MaskSource."""
         other = copy(self)
-        other._index = ShapeIndex(self._index.shapes, raster.scale)
+        other._raster, other._index = raster, ShapeIndex(self._index.shapes, raster.scale)
         return other
 
     def close(self) -> None:

@@ -115,7 +115,8 @@ class SlidePair:
                     )
             raster = Raster(self.height, self.width, self.scale)
             self.mask, self.roi = (
-                None if path is None else open_mask(path, pair.name, self.slide, raster) for path in (pair.mask, pair.roi)
+                None if path is None else open_mask(path, pair.name, self.slide, raster)
+                for path in (pair.mask, pair.roi)
             )
             for source in (self.mask, self.roi):
                 if source is not None:

@@ -10,7 +10,7 @@ import numpy as np
 from image_io import IMAGE_SUFFIXES, ImageError, file_stem
 from pairing import SHAPE_SUFFIXES, read_runs
 from slide_io import Grid, Slide
-from slide_masks import RUN_SUFFIX, MaskOptions, MaskSource, Raster, open_mask, strips_below
+from slide_masks import RUN_SUFFIX, MaskOptions, Raster, open_mask, strips_below
 
 NO_CLASS = "none"  # how shapes without a class are called where classes are listed
 OBJECT = 255
@@ -31,18 +31,27 @@ class LabelRule:
 
     def mask_options(self, max_decoded_gb: float = 4.0) -> MaskOptions:
         """How masks are opened for this rule."""
-        names = tuple(name for name, _ in self.classes)
-        left_out = {None if name == NO_CLASS else name for name, value in self.classes if value == 0}
-        return MaskOptions(names, frozenset(left_out | (left_out & {None} and {NO_CLASS})), max_decoded_gb)
+        left_out: set[str | None] = {name for name, value in self.classes if value == 0}
+        if NO_CLASS in left_out:
+            left_out.add(None)
+        return MaskOptions(tuple(name for name, _ in self.classes), frozenset(left_out), max_decoded_gb)
 
-    def table(self, mask: MaskSource, path: Path) -> np.ndarray | None:
+    def dtype(self) -> np.dtype:
+        """Type that holds the values."""
+        highest = max(value for _, value in self.classes) if self.classes else self.label or OBJECT
+        return np.dtype(np.uint8 if highest < 256 else np.uint16)
+
+    def table(self, names: list[str | None] | None, annotation: "Annotation") -> np.ndarray | None:
         """Mask value of each value that an annotation has, 1-D int64; -1: no class takes it. None: they stay.
 
+        Args:
+            names: see slide_masks.MaskSource.
+
         Raises:
-            ImageError: a class without a value; `path` is named.
+            ImageError: a class without a value; the file is named.
         """
-        if mask.names is not None:
-            return np.array([0, *self._values(mask.names, path)], np.int64)
+        if names is not None:
+            return np.array([0, *self._values(names, annotation)], np.int64)
         if self.label is None and not self.classes:
             return None
         table = np.full(MAX_VALUE + 1, -1 if self.classes else self.label, np.int64)
@@ -55,15 +64,15 @@ class LabelRule:
             table[int(name)] = value
         return table
 
-    def _values(self, names: list[str | None], path: Path) -> list[int]:
+    def _values(self, names: list[str | None], annotation: "Annotation") -> list[int]:
         if not self.classes:
             return [self.label or OBJECT] * len(names)
-        values = dict(self.classes)
+        values, path = dict(self.classes), annotation.path
         is_table = path.suffix.lower() == RUN_SUFFIX
         if is_table and None in names:
             raise ImageError(
-                f"{path} has neither columns named {', '.join(values)} nor rows such as <id>_{next(iter(values))}, and "
-                "does not say the class of each row; expected one of these, or give no classes"
+                f"{path} has neither columns named {', '.join(values)} nor rows such as "
+                f"{annotation.name}_{next(iter(values))}; expected one for each class, or give no classes"
             )
         unknown = sorted({name or NO_CLASS for name in names} - set(values))
         if unknown:
@@ -105,7 +114,7 @@ class TileMask:
         options = rule.mask_options(max_decoded_gb)
         self._mask = open_mask(annotation.path, annotation.name, slide, self._raster, options)
         self._full = self._mask.at(Raster(slide.height, slide.width, 1.0))
-        self._table = rule.table(self._mask, annotation.path)
+        self._dtype, self._table = rule.dtype(), rule.table(self._mask.names, annotation)
         self.findings = [f"{text}; the rest of the file is used" for text in self._mask.findings]
         if len(self.findings) > FINDINGS:
             self.findings[FINDINGS:] = [f"{annotation.path}: {len(self.findings) - FINDINGS} more such findings"]
@@ -122,7 +131,7 @@ class TileMask:
         if labels.any() or self._raster.scale == 1:
             return labels, bool(labels.any())
         strips = strips_below(self._full, self._slide, self._raster, (top, left, height, width))
-        return labels, any(self._labels(values).any() for values in strips)
+        return labels, any(values.any() and self._labels(values).any() for values in strips)
 
     def _labels(self, values: np.ndarray) -> np.ndarray:
         if values.dtype.itemsize > 2:
@@ -141,7 +150,7 @@ class TileMask:
                 f"expected {np.flatnonzero(self._table >= 0)[:20].tolist()}: give VALUE=NEW for each, VALUE=0 to "
                 "leave it out"
             )
-        return mapped.astype(np.uint8 if self._table.max() < 256 else np.uint16)
+        return mapped.astype(self._dtype)
 
     def close(self) -> None:
         """Close the file."""

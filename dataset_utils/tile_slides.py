@@ -5,9 +5,10 @@ Examples:
     python -m dataset_utils.tile_slides -i slide.svs -a slide.geojson -o data/tiles --classes tumor=64 vessel=128
 
 Slides are read by windows. Annotations are run lengths (csv with id and encoding), GeoJSON or mask files, in pixels of
-the full resolution, read as training straight from slides reads them. Tiles cover the whole slide, the last ones are moved in; a slide that is smaller than a tile gives
-one tile of its own size, which training pads without counting the padding. Tiles with annotation are always kept. The
-same command goes on after a kill; what cannot be used is named, the rest is done, and the exit status is 1.
+the full resolution; tiles have the masks that training straight from slides has there. Tiles cover the whole slide, the
+last ones are moved in; a slide that is smaller than a tile gives one tile of its own size, which training pads without
+counting the padding. Tiles with annotation are always kept. The same command goes on after a kill; what cannot be used
+is named, the rest is done, and the exit status is 1.
 """
 
 import argparse
@@ -139,13 +140,13 @@ def add_mask_args(parser: argparse.ArgumentParser) -> None:
         type=_class_value,
         default=[],
         metavar="NAME=N",
-        help="mask value of each class instead: a GeoJSON class, a csv class, or a value of mask files; 0: left out",
+        help="mask value of each class instead: a GeoJSON class, a csv class or column, a value of masks; 0: left out",
     )
     group.add_argument(
         "--names",
         choices=("coordinates", "predecessor"),
         default="coordinates",
-        help="<id>_x<x>_y<y> in images/ and gt/, or <id>_<n>red<reduce> in images_<size>_red<reduce>/ and masks_<size>...",
+        help="<id>_x<x>_y<y> in images/ and gt/, or <id>_<n>red<reduce> in images_ and masks_<size>_red<reduce>/",
     )
 
 

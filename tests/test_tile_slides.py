@@ -13,14 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import slide_io
+from classes import ClassMap
 from dataset_utils import tile_cutting, tile_slides
 from dataset_utils.tile_cutting import plan_origins
-from dataset_utils.tile_masks import LabelRule, MaskSource, TileMask, open_mask, shrink_labels, slide_id
+from dataset_utils.tile_masks import Annotation, LabelRule, TileMask
 from geojson import GeoJsonWriter
-from image_io import read_image, read_mask, write_mask
+from image_io import file_stem, read_image, read_mask, write_mask
+from pairing import Pair
 from polygons import trace_labels
 from rle import encode_rle
 from slide_io import open_slide
+from slide_windows import SlideOptions, SlidePair
 
 RNG = np.random.default_rng(3)
 HEIGHT, WIDTH = 151, 211
@@ -144,26 +147,17 @@ def read_tree(folder, hidden=False):
     }
 
 
-def slow_reduction(labels, scale):
-    """Area of each label in each pixel of the grid, in fractions; the most frequent where half is labelled."""
+def centre_values(labels, scale):
+    """Labels of the grid of a scale: what lies at the centre of each of its pixels."""
+    places = [
+        [min(int((Fraction(i) + Fraction(1, 2)) * Fraction(scale)), side - 1) for i in range(grid_size(side, scale))]
+        for side in labels.shape
+    ]
+    return labels[np.ix_(*places)]
 
-    def overlap(i, size):
-        low, high = Fraction(scale) * i, min(Fraction(scale) * (i + 1), size)
-        return {p: min(high, p + 1) - max(low, p) for p in range(int(low), size) if min(high, p + 1) > max(low, p)}
 
-    shape = [max(1, int(side / Fraction(scale) + Fraction(1, 2))) for side in labels.shape]
-    result = np.zeros(shape, labels.dtype)
-    for y in range(shape[0]):
-        rows = overlap(y, labels.shape[0])
-        for x in range(shape[1]):
-            areas = {}
-            for column, wide in overlap(x, labels.shape[1]).items():
-                for row, high in rows.items():
-                    areas[int(labels[row, column])] = areas.get(int(labels[row, column]), 0) + wide * high
-            total, covered = sum(areas.values()), sum(area for value, area in areas.items() if value)
-            if 2 * covered >= total:
-                result[y, x] = max((v for v in areas if v), key=lambda v: (areas[v], -v))
-    return result
+def grid_size(side, scale):
+    return max(1, int(side / Fraction(scale) + Fraction(1, 2)))
 
 
 # ---- masks ----
@@ -174,39 +168,71 @@ def slow_reduction(labels, scale):
     st.integers(1, 23),
     st.integers(1, 23),
     st.sampled_from([1, 2, 3, 4, 2.5, 3.75]),
-    st.integers(1, 3),
+    st.floats(0, 0.1),
     st.integers(0, 99),
 )
-def test_masks_shrink_by_area_whatever_the_windows(height, width, scale, classes, seed):
+def test_a_window_is_annotated_when_any_pixel_below_it_is(tmp_path_factory, height, width, scale, share, seed):
     rng = np.random.default_rng(seed)
-    labels = (rng.integers(1, classes + 1, (height, width)) * (rng.random((height, width)) < 0.5)).astype(np.uint8)
-    wanted = slow_reduction(labels, scale)
+    mask = rng.random((height, width)) < share
+    folder = tmp_path_factory.mktemp("window")
+    tifffile.imwrite(folder / "s.tif", np.zeros((height, width, 3), np.uint8), photometric="rgb")
+    write_rows(folder / "rle.csv", [("s", encode_rle(mask))])
+    write_geojson(folder / "s.geojson", mask, {1: "disc"})
+    wanted = centre_values(mask, scale)
+    top, left = int(rng.integers(0, wanted.shape[0])), int(rng.integers(0, wanted.shape[1]))
+    window = top, left, wanted.shape[0] - top, wanted.shape[1] - left
+    bottom, right = (min(side, int(np.ceil(n * scale))) for side, n in zip(mask.shape, wanted.shape, strict=True))
+    below = mask[min(int(top * scale), height - 1) : bottom, min(int(left * scale), width - 1) : right].any()
+    with open_slide(folder / "s.tif") as slide, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("slide_masks.CHUNK", int(rng.integers(1, 200)))
+        grid = slide.grid(reduce=scale)
+        assert (grid.height, grid.width) == wanted.shape
+        for name in ("rle.csv", "s.geojson"):
+            found, annotated = TileMask(Annotation(folder / name, "s", ""), slide, grid, LabelRule()).read(*window)
+            np.testing.assert_array_equal(found, wanted[top:, left:] * np.uint8(255))
+            assert annotated == below
 
-    class Size:
-        pass
 
-    size = Size()
-    size.height, size.width = height, width
-    mask = TileMask(size, labels.dtype, lambda t, le, h, w: labels[t : t + h, le : le + w], [])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dataset_utils.tile_masks.STRIP_PIXELS", int(rng.integers(1, 200)))
-        found, annotated = mask.read_grid(0, 0, *wanted.shape, scale)
-        np.testing.assert_array_equal(found, wanted)
-        top, left = int(rng.integers(0, wanted.shape[0])), int(rng.integers(0, wanted.shape[1]))
-        part, _ = mask.read_grid(top, left, wanted.shape[0] - top, wanted.shape[1] - left, scale)
-        np.testing.assert_array_equal(part, wanted[top:, left:])
-    covered = [min(side, int(np.ceil(n * scale))) for side, n in zip((height, width), wanted.shape, strict=True)]
-    assert annotated == labels[: covered[0], : covered[1]].any()
+@pytest.mark.parametrize("reduce", [1, 4])
+@pytest.mark.parametrize("source", ["rle.csv", "geo", "masks"])
+def test_tiles_are_what_training_straight_from_the_slide_sees(slides, source, reduce):
+    rows = read_rows(run(slides, source, "--reduce", reduce, "--label", "1", "--tissue", "none"))
+    classes = ClassMap((1,), ("background", "object"), mask_threshold=0)
+    for name in "abc":
+        where = slides / source
+        mask = {"geo": where / f"{name}.geojson", "masks": where / f"{name}.tif"}.get(source, where)
+        pair = Pair(name, slides / "slides" / f"{name}.tif", mask)
+        with SlidePair(pair, SlideOptions(reduction=reduce)) as opened:
+            mine = [row for row in rows if row["id"] == name]
+            assert mine
+            for row in mine:
+                corner = int(row["y"]) // reduce, int(row["x"]) // reduce
+                image, labels = opened.window(classes, corner, (32, 32))
+                np.testing.assert_array_equal(read_image(slides / "out" / row["file"]), image)
+                np.testing.assert_array_equal(read_mask(slides / "out" / row["mask"]), labels)
 
 
-def test_the_label_that_covers_most_wins_and_half_is_enough():
-    labels = np.array([[3, 3, 0, 0], [3, 9, 9, 9]], np.uint16)
-    halves = np.array([[0.0, 2.0]]), np.array([[0.0, 2.0], [2.0, 4.0]])
-    assert shrink_labels(labels, *halves).tolist() == [[3, 9]]
-    assert shrink_labels(labels * (labels == 3), *halves).tolist() == [[3, 0]]
-    assert shrink_labels(labels[:, 2:] * (labels[:, 2:] == 9) * [[1], [0]], *halves[:1], halves[1][:1]).tolist() == [
-        [0]
-    ]
+def test_the_later_class_lies_on_top_and_one_left_out_covers_nothing(tmp_path):
+    (tmp_path / "slides").mkdir()
+    tifffile.imwrite(tmp_path / "slides" / "a.tif", np.zeros((40, 40, 3), np.uint8), photometric="rgb")
+    first, second = np.zeros((2, 40, 40), bool)
+    first[5:25, 5:25], second[15:35, 15:35] = True, True
+    runs = [("a", "vein", encode_rle(first)), ("a", "artery", encode_rle(second))]
+    write_rows(tmp_path / "rows.csv", runs, ("id", "class", "encoding"))
+    write_rows(tmp_path / "columns.csv", [("a", *(row[2] for row in runs))], ("id", "vein", "artery"))
+    write_features(
+        tmp_path / "a.geojson",
+        square(5, 5, 20, classification={"name": "vein"}),
+        square(15, 15, 20, classification={"name": "artery"}),
+    )
+    for value in (9, 0):
+        wanted = first * np.uint8(7)
+        if value:
+            wanted[second] = value
+        flags = ["--classes", f"artery={value}", "vein=7", "--tissue", "none"]
+        for name in ("rows.csv", "columns.csv", "a.geojson"):
+            out = run(tmp_path, name, *flags, out=f"{name}_{value}", size=40)
+            np.testing.assert_array_equal(read_mask(out / "gt" / "a_x0_y0.png"), wanted)
 
 
 @pytest.mark.parametrize("scale", [[], ["--reduce", "4"], ["--level", "1"], ["--reduce", "2.5"]])
@@ -224,7 +250,7 @@ def test_tiles_are_crops_of_the_whole_slide(slides, reduce, overlap):
     rows = read_rows(out)
     for number, name in enumerate("abc"):
         mask = make_mask(seed=number).astype(np.uint8) * 255
-        mask = slow_reduction(mask, reduce) if reduce > 1 else mask
+        mask = centre_values(mask, reduce)
         with open_slide(slides / "slides" / f"{name}.tif") as slide:
             grid = slide.grid(reduce=reduce)
             image = grid.read(0, 0, grid.height, grid.width)
@@ -587,7 +613,7 @@ def test_shapes_that_cannot_be_are_named_and_the_rest_is_painted(slides, capsys)
     message = fails(capsys, slides, "geo", "--tissue", "none")
     assert "a.geojson: feature 2: has the geometry null" in message
     assert "a.geojson: feature 3: lies wholly outside" in message and "feature 4: lies partly outside" in message
-    assert "b.geojson: no shape lies on" in message and "of another image, level or in map units" in message
+    assert "b.geojson: no annotation lies on" in message and "of another image, level or in map units" in message
     rows = read_rows(slides / "out")
     assert {row["id"] for row in rows} == {"a", "c"} and message.count("\n  - ") == 4
     assert sum(int(row["foreground"]) for row in rows if row["id"] == "a") == 20 * 20 + 8 * 16
@@ -615,7 +641,7 @@ def test_masks_that_do_not_fit(slides, capsys):
     )
     tifffile.imwrite(slides / "masks" / "c.tif", RNG.random((HEIGHT, WIDTH)).astype(np.float32))
     message = fails(capsys, slides, "masks")
-    assert f"a.tif is {HEIGHT}x{WIDTH - 1}, its slide" in message and f"is {HEIGHT}x{WIDTH}; expected a mask" in message
+    assert f"a.tif is {HEIGHT}x{WIDTH - 1}, its slide" in message and f"has the sizes {HEIGHT}x{WIDTH}, " in message
     assert "b.tif has 3 channels that differ" in message and "c.tif holds the values" in message
     write_mask(slides / "masks" / "a.tif", np.full((HEIGHT, WIDTH), 3, np.uint8))
     message = fails(capsys, slides, "masks", "--classes", "4=1", out="x")
@@ -708,12 +734,12 @@ def test_neither_slide_nor_mask_is_read_whole(slides, monkeypatch):
 
     monkeypatch.setattr(slide_io.Grid, "read", spy)
     run(slides, "masks", "--reduce", "2")
-    assert seen == {"slides": {(32, 32)}, "masks": {(64, 64), (64, 63), (63, 64), (63, 63)}}
+    assert seen["slides"] == {(32, 32)} and {max(window) for window in seen["masks"]} <= {62, 63, 64}
 
 
 def test_slides_and_annotations_pair_by_id():
     names = ["a.tif", "a.ome.tiff", "b.c.SVS", "b.OME.tif", "cafe\u0301.png"]
-    assert [slide_id(Path(name)) for name in names] == ["a", "a", "b.c", "b", "caf\u00e9"]
+    assert [file_stem(Path(name)) for name in names] == ["a", "a", "b.c", "b", "caf\u00e9"]
 
 
 def test_one_file_is_enough_for_one_slide(slides, capsys):
@@ -730,17 +756,14 @@ def test_a_real_slide(tmp_path):
     out = run(tmp_path, "CMU-1-Small-Region.geojson", "--mpp", "1.996", images=str(path), size=128, workers=2)
     rows = read_rows(out)
     with open_slide(path) as slide:
-        source = MaskSource("geojson", tmp_path / "CMU-1-Small-Region.geojson", "", "")
-        mask = open_mask(source, slide, LabelRule()).read(0, 0, slide.height, slide.width)
+        source = Annotation(tmp_path / "CMU-1-Small-Region.geojson", "", "")
+        mask, _ = TileMask(source, slide, slide.grid(), LabelRule()).read(0, 0, slide.height, slide.width)
         grid = slide.grid(reduce=4)
         image = grid.read(0, 0, grid.height, grid.width)
     assert int(mask.sum()) == 255 * (601**2 + 500**2)
-    covered = mask[: grid.height * 4, : grid.width * 4]
-    wanted = np.add.reduceat(
-        np.add.reduceat(covered > 0, range(0, covered.shape[0], 4), 0, int), range(0, covered.shape[1], 4), 1
-    )
+    wanted = centre_values(mask, 4)
     for row in rows:
         y, x = int(row["y"]) // 4, int(row["x"]) // 4
         np.testing.assert_array_equal(read_image(out / row["file"]), image[y : y + 128, x : x + 128])
-        np.testing.assert_array_equal(read_mask(out / row["mask"]) > 0, wanted[y : y + 128, x : x + 128] >= 8)
+        np.testing.assert_array_equal(read_mask(out / row["mask"]), wanted[y : y + 128, x : x + 128])
     assert 20 < len(rows) <= 30 and {row["mpp"] for row in rows} == {"1.996"}
