@@ -1,7 +1,6 @@
 """What turns a batch of normalised images into probabilities: PyTorch or ONNX Runtime."""
 
 import hashlib
-import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,7 +12,7 @@ from torch import nn
 
 import onnx_export
 from checkpoint import ModelConfig, load_checkpoint
-from image_io import atomic_write
+from image_io import atomic_write, cache_dir
 from model import build_model, shorten_error, to_probabilities
 from onnx_export import EXPORT_SECONDS, ExportError
 
@@ -142,8 +141,7 @@ def onnx_forward(model: Path | bytes, device: str) -> tuple[ModelConfig, Forward
 def export_places(path: Path, digest: str) -> tuple[Path, Path]:
     """Where the export of a checkpoint may lie: beside it, and in the user's cache."""
     stem = path.stem if path.suffix == ".pth" else path.name
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return path.with_name(f"{stem}.onnx"), cache / "tessera" / "onnx" / f"{digest}.onnx"
+    return path.with_name(f"{stem}.onnx"), cache_dir() / "onnx" / f"{digest}.onnx"
 
 
 def file_digest(path: Path) -> str:

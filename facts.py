@@ -1,8 +1,6 @@
 """What one look at the files of a data set says about each: sizes, moments of the pixels, counts of the labels."""
 
-import os
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
@@ -99,8 +97,3 @@ def count_labels(values: np.ndarray) -> list[list[int]]:
         counts = np.append(counts[: MANY_LABELS - 1], counts[MANY_LABELS - 1 :].sum())
         found = np.append(found[: MANY_LABELS - 1], found[-1])
     return [[int(value), int(count)] for value, count in zip(found, counts, strict=True)]
-
-
-def cache_dir() -> Path:
-    """Folder of what can be computed again: $XDG_CACHE_HOME/tessera or ~/.cache/tessera."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tessera"

@@ -39,6 +39,11 @@ def file_stem(path: Path) -> str:
     return stem[:-4] if path.suffix.lower() in (".tif", ".tiff") and stem.lower().endswith(".ome") else stem
 
 
+def cache_dir() -> Path:
+    """Folder of what can be computed again: $XDG_CACHE_HOME/tessera or ~/.cache/tessera."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tessera"
+
+
 def list_images(folder: Path, more: Sequence[str] = ()) -> dict[str, Path]:
     """Find the images directly inside a folder.
 

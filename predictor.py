@@ -24,13 +24,11 @@ from cli import UsageError
 from dataset import both_hold, load_image
 from image_io import IMAGE_SUFFIXES, ImageError, list_images, normalise, resize_image
 from outputs import clear_outside
-from pairing import Pair
+from pairing import SLIDE_SUFFIXES, Pair
 from slide_io import Slide, open_slide
-from slide_sources import OPENSLIDE_SUFFIXES
 from tiling import Axis, plan_axis, predict_bands, round_up, run_ahead
 from tissue import Tissue, find_tissue
 
-SLIDE_SUFFIXES = (".svs", ".ndpi", ".btf", *OPENSLIDE_SUFFIXES)
 PILLOW_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 SCALE_DRIFT = 1.3  # pixels this many times as large as the training's are warned about
 UPSCALED_ROWS = 256  # rows that are enlarged at a time

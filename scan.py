@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from classes import SHOWN, AnnotationLabels, ClassMap, ClassOptions, list_labels, resolve_classes
 from dataset import both_hold, read_layer
-from facts import ImageFacts, MaskFacts, PairFacts, cache_dir, count_labels, moments
-from image_io import ImageError, read_mask, read_orientation, write_text
+from facts import ImageFacts, MaskFacts, PairFacts, count_labels, moments
+from image_io import ImageError, cache_dir, read_mask, read_orientation, write_text
 from pairing import DatasetError, FileOptions, Listing, Pair, find_splits
 from slide_masks import is_annotation
 from slide_scan import choose_tissue, scan_slide

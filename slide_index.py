@@ -18,8 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from classes import ClassMap
-from facts import cache_dir
-from image_io import IGNORE_INDEX, atomic_write
+from image_io import IGNORE_INDEX, atomic_write, cache_dir
 from pairing import Pair
 from slide_windows import BAND_ROWS, SlideOptions, SlidePair, encode_values
 from tissue import Tissue, find_tissue
