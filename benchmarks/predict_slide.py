@@ -31,6 +31,7 @@ from scipy.ndimage import gaussian_filter
 
 import cli
 from checkpoint import Geometry, ModelConfig
+from image_io import normalise
 from pairing import Pair
 from postprocess import Filters
 from predictor import Picture, ReadOptions, TileOptions, plan_picture, predict_picture
@@ -58,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print a table."""
     args = cli.parse(build_parser(), argv)
     cv2.setNumThreads(1)  # as predict.py does
+    sys.setswitchinterval(1e-4)
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         folder = args.folder or Path(scratch)
         {"peer": peer, "overhead": overhead, "memory": memory, "sizes": sizes, "one": one}[args.what](args, folder)
@@ -127,19 +129,14 @@ def pointwise(classes: int) -> Callable[[np.ndarray], np.ndarray]:
     """A 1x1 convolution of PyTorch as the engine's forward; its classes are steps of darkness."""
     import torch
 
-    from model import to_probabilities
+    from backends import torch_forward
 
     network = torch.nn.Conv2d(3, classes, 1)
     steps = torch.arange(classes) if classes > 1 else torch.ones(1)
     with torch.no_grad():  # logit k is 2 k u - k^2 of a darkness u, so class k wins for u around k
         network.weight.copy_((-2.2 * 2 / 3 * steps).reshape(-1, 1, 1, 1).expand_as(network.weight))
         network.bias.copy_(2.2 * steps - steps**2)  # type: ignore[union-attr]
-
-    @torch.inference_mode()
-    def forward(batch: np.ndarray) -> np.ndarray:
-        return to_probabilities(network(torch.from_numpy(batch)), "auto").numpy()
-
-    return forward
+    return torch_forward(network.to(memory_format=torch.channels_last), "cpu")  # type: ignore[call-overload]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -172,7 +169,11 @@ def run_slide(
 def measure_parts(
     path: Path, config: ModelConfig, forward: Callable[[np.ndarray], np.ndarray], options: ResultOptions
 ) -> dict[str, float]:
-    """Seconds of reading every window, of writing a result, and of computing with pixels that are in memory."""
+    """Seconds of reading every window, of writing a result, and of computing with pixels that are in memory.
+
+    Computing is normalising, the network, blending and deciding; writing is everything that follows.
+    """
+    from outputs import decide
     from tiling import predict_bands
 
     tile = config.geometry.tile
@@ -183,10 +184,12 @@ def measure_parts(
             for left in plan.cols.origins:
                 picture.pixels(top, left, min(tile, plan.height - top), min(tile, plan.width - left))
         reading = time.perf_counter() - begin
-        resident = picture.read(0, 0, tile, tile)
-        begin, _band = time.perf_counter(), np.zeros(0)
-        for _, _band in predict_bands(lambda *_: resident, forward, plan.rows, plan.cols, batch_size=1):
-            pass
+        resident = picture.pixels(0, 0, tile, tile)
+        begin = time.perf_counter()
+        for _, band in predict_bands(
+            lambda *_: normalise(resident, config.mean, config.std), forward, plan.rows, plan.cols, batch_size=1
+        ):
+            decide(band)
         computing = time.perf_counter() - begin
         first = next(predict_picture(picture, forward, plan, TileOptions(tile, config.geometry.overlap, 0)))[1]
     begin = time.perf_counter()

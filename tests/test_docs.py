@@ -72,8 +72,9 @@ def readme() -> str:
 
 
 def readme_commands() -> list[str]:
-    """Command lines `python ...` in README's shell blocks, continuation lines joined."""
-    blocks = re.findall(r"```bash\n(.*?)```", readme(), flags=re.DOTALL)
+    """Command lines `python ...` in the shell blocks of README and its pages, continuation lines joined."""
+    pages = [readme(), *(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))]
+    blocks = re.findall(r"```bash\n(.*?)```", "\n".join(pages), flags=re.DOTALL)
     lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     return [line for line in lines if line.startswith("python ")]
 
@@ -96,9 +97,10 @@ def test_readme_commands_parse(line):
 
 def test_files_named_in_the_readme_exist():
     tree = readme().split("## Files")[1].split("```")[1]
-    named = [line.split()[0] for line in tree.splitlines() if line.strip() and line.split()[0] != "text"]
+    named = [word for line in tree.splitlines()[1:] for word in re.split(r"\s{3,}", line)[0].split()]
     missing = [name for name in named if not (ROOT / name).exists()]
     assert named and not missing
+    assert {path.name for path in ROOT.glob("*.py")} - set(named) == set(), "every module has its line"
 
 
 def test_links_of_the_readme_exist():
