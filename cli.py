@@ -391,6 +391,14 @@ def plain_errors(parser: argparse.ArgumentParser, *, interrupted: str = "") -> I
         parser.exit(130, f"{parser.prog}: interrupted{interrupted and '; '}{interrupted}\n")
 
 
+def exit_with_findings(parser: argparse.ArgumentParser, findings: Sequence[str]) -> None:
+    """Exit with status 1 and the list of what went wrong, after everything else was done; return when nothing did."""
+    if findings:
+        listed = "\n".join(f"  - {message}" for message in findings)
+        count = f"{len(findings)} finding{'s' if len(findings) > 1 else ''}"
+        parser.exit(1, f"{parser.prog}: error: {count}, the rest is done:\n{listed}\n")
+
+
 def plain_message(error: BaseException) -> str:
     """The message of an error; of one that PyTorch carried over from a loader process, its own words alone."""
     text = str(error)

@@ -100,10 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = cli.parse(parser, argv)
     with cli.plain_errors(parser, interrupted="the same command goes on where it stopped"):
         failures = run(args)
-    if failures:
-        listed = "\n".join(f"  - {message}" for message in failures)
-        count = f"{len(failures)} finding{'s' if len(failures) > 1 else ''}"
-        parser.exit(1, f"{parser.prog}: error: {count}, the rest is done:\n{listed}\n")
+    cli.exit_with_findings(parser, failures)
 
 
 @dataclass(frozen=True)
@@ -185,8 +182,9 @@ def find_pairs(args: argparse.Namespace, config: "ModelConfig") -> tuple[list["P
     Raises:
         cli.UsageError: no image, two of one name, or extra channels without -d.
     """
+    from image_io import file_stem
     from pairing import Pair
-    from predictor import list_pictures, pair_channels, result_name
+    from predictor import list_pictures, pair_channels
 
     failures: list[str] = []
     if args.dataset_dir:
@@ -196,7 +194,7 @@ def find_pairs(args: argparse.Namespace, config: "ModelConfig") -> tuple[list["P
         raise cli.UsageError(f"the network also takes the channels {folders}: give -d DIR with images/ and {folders}")
     else:
         words = args.img_path or args.data_dir
-        pairs = [Pair(result_name(path), path) for path in list_pictures(words)]
+        pairs = [Pair(file_stem(path), path) for path in list_pictures(words)]
     if not pairs:
         listed = "\n".join(f"  - {message}" for message in failures)
         raise cli.UsageError(f"{args.dataset_dir} holds no image with all its channels\n{listed}".rstrip())

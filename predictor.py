@@ -22,7 +22,7 @@ from backends import Forward
 from checkpoint import Geometry, ModelConfig
 from cli import UsageError
 from dataset import both_hold, load_image
-from image_io import IMAGE_SUFFIXES, ImageError, list_images, normalise, resize_image
+from image_io import IMAGE_SUFFIXES, ImageError, file_stem, list_images, normalise, resize_image
 from outputs import clear_outside
 from pairing import SLIDE_SUFFIXES, Pair
 from slide_io import Slide, open_slide
@@ -90,7 +90,7 @@ def pair_channels(folder: Path, add_dirs: Sequence[str]) -> tuple[list[Pair], li
     beside = [list_images(folder / name) for name in add_dirs]
     pairs, missing = [], []
     for path in list_pictures([str(folder / "images")]):
-        name = result_name(path)
+        name = file_stem(path)
         stem = unicodedata.normalize("NFC", name)
         lacking = [str(folder / name) for name, found in zip(add_dirs, beside, strict=True) if stem not in found]
         if lacking:
@@ -98,11 +98,6 @@ def pair_channels(folder: Path, add_dirs: Sequence[str]) -> tuple[list[Pair], li
         else:
             pairs.append(Pair(name, path, extras=tuple(found[stem] for found in beside)))
     return pairs, missing
-
-
-def result_name(path: Path) -> str:
-    """Stem of a file's results: its own, without the .ome of .ome.tif."""
-    return path.stem[:-4] if path.stem.lower().endswith(".ome") else path.stem
 
 
 class Source(Protocol):

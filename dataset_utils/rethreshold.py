@@ -48,15 +48,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = cli.parse(parser, argv)
     with cli.plain_errors(parser, interrupted="the same command goes on with the first picture that is not done"):
         failures = run(args)
-    if failures:
-        listed = "\n".join(f"  - {message}" for message in failures)
-        count = f"{len(failures)} finding{'s' if len(failures) > 1 else ''}"
-        parser.exit(1, f"{parser.prog}: error: {count}, the rest is done:\n{listed}\n")
+    cli.exit_with_findings(parser, failures)
 
 
 def run(args: argparse.Namespace) -> list[str]:
     """Go through raw/; return what went wrong."""
-    from predictor import list_pictures, result_name
+    from image_io import file_stem
+    from predictor import list_pictures
     from result_record import find_done, merge_run_lengths
     from results import ResultOptions, filters_of
     from spool import FULL
@@ -73,7 +71,7 @@ def run(args: argparse.Namespace) -> list[str]:
     options = ResultOptions(
         args.output_dir, args.save, args.format, threshold, filters_of(args), args.decimal, args.geo
     )
-    pictures = {result_name(path): path for path in paths}
+    pictures = {file_stem(path): path for path in paths}
     digests = {name: picture_digest(path, options, rows.get(name, [])) for name, path in pictures.items()}
     done = find_done(args.output_dir, digests, args.save, overwrite=args.overwrite)
     for name in sorted(done):

@@ -174,9 +174,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = cli.parse(parser, argv)
     with cli.plain_errors(parser, interrupted="the same command goes on where it stopped"):
         failures = run(args)
-    if failures:
-        listed = "\n".join(f"  - {message}" for message in failures)
-        parser.exit(1, f"{parser.prog}: error: {len(failures)} findings, the rest is done:\n{listed}\n")
+    cli.exit_with_findings(parser, failures)
 
 
 def run(args: argparse.Namespace) -> list[str]:
