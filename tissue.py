@@ -48,7 +48,8 @@ def _first_and_last(axis: Axis, length: int) -> tuple[np.ndarray, np.ndarray]:
     """First pixel of the thumbnail that each tile touches, and the one after its last."""
     begin = np.minimum(np.array(axis.origins), axis.size - 1)
     last = np.minimum(np.array(axis.origins) + axis.tile, axis.size) - 1
-    return ((2 * place + 1) * length // (2 * axis.size) for place in (begin, last))  # type: ignore[return-value]
+    first, final = ((2 * place + 1) * length // (2 * axis.size) for place in (begin, last))
+    return first, final + 1
 
 
 def find_tissue(slide: Slide, grid: Grid, rule: str) -> Tissue:

@@ -12,6 +12,8 @@ from checkpoint import Geometry, ModelConfig
 from image_io import ImageError, normalise, read_image, write_image
 from pairing import Pair
 from predictor import Picture, ReadOptions, TileOptions, plan_picture, predict_picture
+from tiling import plan_axis
+from tissue import Tissue
 
 
 def config(**changes):
@@ -188,6 +190,23 @@ def test_outside_tissue_several_classes_are_background(tmp_path):
     region = plan.tissue.rows(0, 700)
     assert (found[:, ~region] == np.array([1, 0, 0])[:, None]).all()
     np.testing.assert_allclose(found.sum(axis=0), 1, atol=1e-6)
+
+
+@given(
+    size=st.tuples(st.integers(1, 150), st.integers(1, 150)),
+    shares=st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=100, deadline=None)
+def test_a_tile_is_skipped_only_if_no_pixel_of_it_is_tissue(size, shares, seed):
+    small = tuple(max(1, round(share * length)) for share, length in zip(shares, size, strict=True))
+    tissue = Tissue(np.random.default_rng(seed).random(small) < 0.05, *size)
+    rows, cols = (plan_axis(length, tile=32, overlap=8, halo=0, stride=8, min_side=0, window="hann") for length in size)
+    region = tissue.rows(0, size[0])
+    expected = [
+        [region[top : top + rows.tile, left : left + cols.tile].any() for left in cols.origins] for top in rows.origins
+    ]
+    np.testing.assert_array_equal(tissue.tiles(rows, cols), expected)
 
 
 def test_grey_slides_have_no_saturation(tmp_path):
