@@ -320,6 +320,7 @@ def write_slide(
             results.add(band[1])
             yield band
         results.finish(lambda step: thumbnail(slide, frame.height, frame.width, step))
+        results.remove()
 
 
 def score_extra(extra: ExtraScores, pair: Pair, pred: np.ndarray, mask: np.ndarray, *, instances: bool = True) -> None:

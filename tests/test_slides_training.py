@@ -20,6 +20,7 @@ from slides import (
 )
 
 import predict
+import results
 import scan
 import slide_index
 import slide_windows
@@ -708,6 +709,14 @@ def test_without_masks_slides_are_predicted(trained, tmp_path, monkeypatch, caps
     validate.main(["-d", "new", "-cd", str(run), "--cpu", "-o", "out", "-log", "logs"])
     assert "predicted without metrics" in capsys.readouterr().out
     assert read_mask(tmp_path / "out" / "masks" / "x.png").shape == (320, 450)
+
+
+def test_large_results_leave_no_working_folder(trained, tmp_path, monkeypatch):
+    root, run = trained
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(results, "PNG_PIXELS", 1000)
+    validate.main(["-d", f"{root}/val", "-cd", str(run), "--cpu", "-o", "out", "-log", "logs", "--raw"])
+    assert (tmp_path / "out" / "masks" / "val0.ome.tif").is_file() and not list((tmp_path / "out").glob(".*"))
 
 
 def test_validation_goes_on_after_a_broken_slide(trained, tmp_path, monkeypatch, capsys):
