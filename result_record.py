@@ -111,11 +111,19 @@ def read_record(path: Path) -> Record:
             try:
                 row = {"digest": "", "kinds": [], "done": False, "files": [], "damage": []} | json.loads(line)
                 earlier = rows.get(row["name"], [])
-                rows[row["name"]] = [old for old in earlier if not _folders(old["kinds"]) & _folders(row["kinds"])]
-                rows[row["name"]].append(row)
+                rows[row["name"]] = [*(left for old in earlier if (left := _left_of(old, row))), row]
             except (ValueError, TypeError, KeyError):
                 continue
     return rows
+
+
+def _left_of(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any] | None:
+    """What a row still tells after a later one: all of it, or of replaced results the scale of those that stayed."""
+    taken = _folders(new["kinds"])
+    if not _folders(old["kinds"]) & taken:
+        return old
+    kinds = [kind for kind in old["kinds"] if not _folders([kind]) & taken]
+    return {**old, "kinds": kinds, "digest": "", "done": False, "files": []} if kinds else None
 
 
 def _folders(kinds: Sequence[str]) -> set[str]:

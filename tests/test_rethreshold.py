@@ -97,6 +97,15 @@ def test_places_on_the_map_are_scaled_once(tmp_path):
     assert corner[0] >= 1000 and corner[1] <= 5000
 
 
+def test_the_scale_is_known_when_other_results_were_replaced(tmp_path):
+    write_checkpoint(tmp_path / "run" / "best.pth")
+    image = write_slide(tmp_path / "a.tif", blobs(401, 330))
+    first = predicted(tmp_path / "run", image, tmp_path / "first", "--reduce", 2, "--save", "mask,prob")
+    expected = content(again(first, tmp_path / "before", "--save", "geojson"))
+    predicted(tmp_path / "run", image, first, "--reduce", 2, "--save", "mask", "-t", 0.4, "--overwrite")
+    assert content(again(first, tmp_path / "after", "--save", "geojson")) == expected
+
+
 def test_probabilities_of_validate(tmp_path, capsys):
     data = write_split(tmp_path / "data", ["a", "b"], sizes=((100, 90),))
     write_checkpoint(tmp_path / "run" / "best.pth", labels=())
