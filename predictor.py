@@ -26,11 +26,11 @@ from image_io import IMAGE_SUFFIXES, ImageError, file_stem, list_images, normali
 from outputs import clear_outside
 from pairing import SLIDE_SUFFIXES, Pair
 from slide_io import Slide, open_slide
+from slide_windows import SCALE_DRIFT
 from tiling import Axis, plan_axis, predict_bands, round_up, run_ahead
 from tissue import Tissue, find_tissue
 
 PILLOW_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
-SCALE_DRIFT = 1.3  # pixels this many times as large as the training's are warned about
 UPSCALED_ROWS = 256  # rows that are enlarged at a time
 
 
@@ -420,7 +420,9 @@ def predict_picture(
     """
     config = picture.configs[0]
     same_size = not plan.full_size or picture.scale == 1
-    begin = first_row if same_size else max(0, math.floor(_centres(np.array(first_row), picture.scale)))
+    begin = first_row
+    if not same_size:
+        begin = min(max(0, math.floor(_centres(np.array(first_row), picture.scale))), picture.height - 1)
     bands = _counted(_cleared(_native_bands(picture, forward, plan, options, begin), picture, plan.tissue), count)
     if not same_size:
         bands = enlarge_bands(

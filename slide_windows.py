@@ -26,6 +26,7 @@ from tiling import reflect_index
 SLIDE_PIXELS = 100_000_000  # of a TIFF; smaller ones are decoded whole
 BAND_ROWS = 256  # rows of a slide's mask that are looked at together
 KEPT_BYTES = 24 << 20  # of decoded tiles of a slide
+SCALE_DRIFT = 1.3  # pixels up to so many times as large as those asked for are taken as they are
 
 
 @dataclass(frozen=True)
@@ -209,6 +210,8 @@ def _scale(slide: Slide, options: SlideOptions) -> dict[str, Any]:
                 f"{slide.path} does not say how many micrometres a pixel is; expected that under --mpp "
                 f"{options.mpp:g}: give the scale as --reduce instead, or leave the file out"
             )
+        if options.mpp < slide.mpp <= SCALE_DRIFT * options.mpp:
+            return {"reduce": 1.0}  # scanners differ a little: 0.2527 is what others call 0.25
         return {"mpp": options.mpp}
     return {"reduce": options.reduction} if options.reduction != 1 else {}
 

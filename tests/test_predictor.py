@@ -152,6 +152,19 @@ def test_a_later_first_row_gives_the_same_bits(tmp_path, full_size, first_row):
     np.testing.assert_array_equal(rest, whole[:, first_row:])
 
 
+def test_the_last_rows_of_a_level_that_is_a_pixel_short_are_enlarged_too(tmp_path):
+    pixels = random_pixels(682, 400)
+    path = tmp_path / "a.tif"
+    with tifffile.TiffWriter(path) as tif:
+        tif.write(pixels, tile=(64, 64), photometric="rgb", subifds=1)
+        tif.write(pixels[:680:2, :398:2], tile=(64, 64), photometric="rgb", subfiletype=1)
+    how = {"read": ReadOptions(level=1), "full_size": True}
+    whole, picture, _ = predict(Pair("a", path), [config()], **how)
+    rest, _, _ = predict(Pair("a", path), [config()], first_row=681, **how)
+    assert picture.height == 340 and whole.shape == (1, 682, 400)
+    np.testing.assert_array_equal(rest, whole[:, 681:])
+
+
 def tissue_slide(path):
     """White glass with a purple patch, grey dust and a black corner."""
     pixels = np.full((700, 900, 3), 240, np.uint8)
