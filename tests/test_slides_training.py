@@ -39,6 +39,7 @@ from metrics import Scorer
 from pairing import DatasetError, FileOptions, Pair, find_splits, list_pairs, read_runs
 from scan import check_dataset, scan_pairs
 from slide_index import SlidePlaces, close_places, draw_corner, draw_tissue
+from slide_scoring import predict_slide
 from slide_windows import SlideOptions, SlidePair, is_slide
 from tissue import Tissue
 
@@ -699,6 +700,21 @@ def test_several_classes_count_the_same_everywhere(tmp_path, monkeypatch):
     truth = np.array([0, 2, 1], np.uint8)[draw_slide(2, (260, 320), classes=2, radius=(10, 25))[1]]
     scored.update_pred("s", read_mask(tmp_path / "out" / "masks" / "s.png").astype(np.uint8), truth)
     assert scored.confusion.tolist() == confusion_of(tmp_path / "scores" / "_metrics.json")
+
+
+def test_a_slide_of_nearly_the_resolution_counts_as_predict_writes_it(tmp_path):
+    image, mask = draw_slide(3)
+    pair = write_pair(tmp_path, "geojson", image, mask, mpp=0.2527)
+    config = make_config(mpp=0.25)
+
+    def forward(batch):
+        return 1 / (1 + np.exp(-batch[:, :1]))
+
+    with predict_slide(forward, pair, BINARY, config) as prediction:
+        tops, probs, masks = zip(*[(top, p.copy(), m) for top, p, m in prediction.bands], strict=True)
+    assert tops[0] == 0 and prediction.picture.scale == 1
+    np.testing.assert_array_equal(np.concatenate(masks), mask)
+    assert np.concatenate(probs, axis=1).shape == (1, *mask.shape)
 
 
 def test_without_masks_slides_are_predicted(trained, tmp_path, monkeypatch, capsys):
