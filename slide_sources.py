@@ -273,9 +273,10 @@ def _open_tiff_levels(path: Path, max_decoded_gb: float) -> Stored:
             _check_decoded(path, shape, main.dtype.itemsize, max_decoded_gb)
             return Stored([_whole_level(path)], _turned(mpp_xy, main), (), nodata, _do_nothing)
         levels: list[Mosaic] = []
+        lock = threading.Lock()  # of the one file that all levels read from
         for each in _level_pages(tif, pages):
             with contextlib.nullcontext() if not levels else contextlib.suppress(ImageError):
-                level = _TiffLevel(tif, each, path, len(levels)).mosaic(max_decoded_gb)
+                level = _TiffLevel(tif, each, path, len(levels), lock).mosaic(max_decoded_gb)
                 if not levels or (level.channels, level.dtype) == (levels[0].channels, levels[0].dtype):
                     levels.append(level)
         return Stored(levels, mpp_xy, tags, nodata, stack.pop_all().close)
@@ -375,9 +376,9 @@ def level_scale(full: tuple[int, int], level: tuple[int, int]) -> float:
 class _TiffLevel:
     """Decodes the tiles or strips of one level, from one page or one for each band."""
 
-    def __init__(self, tif: tifffile.TiffFile, pages: list[Any], path: Path, index: int) -> None:
+    def __init__(self, tif: tifffile.TiffFile, pages: list[Any], path: Path, index: int, lock: threading.Lock) -> None:
         page = pages[0]
-        self.tif, self.pages, self.path, self.index = tif, pages, path, index
+        self.tif, self.pages, self.path, self.index, self.lock = tif, pages, path, index, lock
         self.size = page.imagelength, page.imagewidth
         self.planes = page.samplesperpixel if page.planarconfig == 2 else 1
         self.samples = page.samplesperpixel // self.planes  # of one decoded piece
@@ -401,7 +402,6 @@ class _TiffLevel:
         self.template = stored_bands(tif, page, np.zeros((1, 1, count), page.dtype), path)
         for each in pages:
             each.init_decode() if hasattr(each, "init_decode") else each.decode  # noqa: B018 - not safe in threads later
-        self.lock = threading.Lock()
 
     def mosaic(self, max_decoded_gb: float) -> Mosaic:
         """The level; its type and channels are tried out on one black pixel."""

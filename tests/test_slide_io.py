@@ -1,6 +1,7 @@
 import os
 import re
 import struct
+import sys
 import threading
 from pathlib import Path
 
@@ -173,6 +174,32 @@ def test_two_threads_read_what_one_reads(inputs, monkeypatch):
         for thread in threads:
             thread.join()
     assert not wrong
+
+
+def test_threads_read_several_levels_of_one_file(inputs, monkeypatch):
+    monkeypatch.setattr(slide_sources, "CACHE_BYTES", 1)
+    monkeypatch.setattr(slide_sources, "WINDOW_ROWS", 1)
+    found: dict[tuple[int, int], np.ndarray] = {}
+    with open_slide(inputs / "pyramid.tif") as slide:
+        grids = [slide.grid(level=level) for level in range(len(slide.levels))]
+        expected = [read_whole(grid) for grid in grids]
+        assert len(grids) > 1
+
+        def read(number):
+            for turn in range(20):
+                found[number, turn] = read_whole(grids[number])
+
+        threads = [threading.Thread(target=read, args=(number,)) for number in range(len(grids))]
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        sys.setswitchinterval(interval)
+        assert all(not grid.damage for grid in grids)
+    assert len(found) == 20 * len(grids)
+    assert all(np.array_equal(pixels, expected[number]) for (number, _), pixels in found.items())
 
 
 def test_rows_of_windows_decode_each_tile_once_in_bounded_memory(tmp_path, monkeypatch):
