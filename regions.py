@@ -21,6 +21,7 @@ STRIP_PIXELS = 1 << 22  # bands are cut into strips of about so many pixels: lab
 Band = tuple[int, np.ndarray]
 Bands = Callable[[], Iterable[Band]]  # each call gives the very same bands
 
+TABLE_ROWS = 65536  # made at a time
 COLUMNS = (
     "id",
     "class",
@@ -185,7 +186,7 @@ def label_bands(bands: Bands, objects: Objects) -> Iterator[Band]:
 
 def object_table(
     objects: Objects, class_names: Sequence[str], mpp: float | None = None
-) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
+) -> tuple[tuple[str, ...], Iterator[dict[str, Any]]]:
     """The objects as a table for outputs.format_csv.
 
     Args:
@@ -194,19 +195,24 @@ def object_table(
         mpp: micrometres per pixel of the map; adds MICRON_COLUMNS.
 
     Returns:
-        Names of the columns, and a row for each object.
+        Names of the columns, and a row for each object, made as they are asked for: there can be millions.
     """
-    columns = {name: getattr(objects, name).tolist() for name in COLUMNS[2:]}
-    columns = {
-        "id": list(range(1, len(objects) + 1)),
-        "class": [class_names[index] for index in objects.class_index.tolist()],
-        **columns,
-    }
-    if mpp is not None:
-        measures = (objects.area * mpp**2, objects.equivalent_diameter * mpp, objects.perimeter * mpp)
-        columns |= {name: values.tolist() for name, values in zip(MICRON_COLUMNS, measures, strict=True)}
-    names = tuple(columns)
-    return names, [dict(zip(names, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    names = COLUMNS if mpp is None else (*COLUMNS, *MICRON_COLUMNS)
+    return names, _table_rows(objects, class_names, mpp)
+
+
+def _table_rows(objects: Objects, class_names: Sequence[str], mpp: float | None) -> Iterator[dict[str, Any]]:
+    for start in range(0, len(objects), TABLE_ROWS):
+        part = slice(start, start + TABLE_ROWS)
+        columns = {name: getattr(objects, name)[part].tolist() for name in COLUMNS[2:]}
+        columns["id"] = list(range(start + 1, start + 1 + len(columns["area"])))
+        columns["class"] = [class_names[index] for index in objects.class_index[part].tolist()]
+        if mpp is not None:
+            diameters = objects.equivalent_diameter[part]
+            measures = (objects.area[part] * mpp**2, diameters * mpp, objects.perimeter[part] * mpp)
+            columns |= {name: values.tolist() for name, values in zip(MICRON_COLUMNS, measures, strict=True)}
+        for row in zip(*columns.values(), strict=True):
+            yield dict(zip(columns, row, strict=True))
 
 
 def check_bands(bands: Iterable[Band]) -> Iterator[Band]:

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -384,11 +385,12 @@ def csv_word(text: str) -> str:
     return '"' + text.replace('"', '""') + '"' if set(text) & set(',"\n') else text
 
 
-def csv_lines(columns: Sequence[str], rows: Sequence[dict[str, Any]], decimal: str) -> Iterator[str]:
+def csv_lines(columns: Sequence[str], rows: Iterable[dict[str, Any]], decimal: str) -> Iterator[str]:
     """The text of a table in pieces of some thousand rows, see outputs.format_csv."""
     yield format_csv(columns, [], decimal)
-    for start in range(0, len(rows), 4096):
-        yield format_csv(columns, rows[start : start + 4096], decimal).split("\n", 1)[1]
+    left = iter(rows)
+    while part := list(islice(left, 4096)):
+        yield format_csv(columns, part, decimal).split("\n", 1)[1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -153,13 +153,23 @@ def test_no_bands_hold_no_objects():
     assert list(label_bands(lambda: [], objects)) == []
 
 
+def test_object_table_is_the_same_in_portions(monkeypatch):
+    objects = find_objects(cut(random_classes(3, 2, 60, 60), 7))
+    whole = list(object_table(objects, ("background", "cell", "vessel"), mpp=0.3)[1])
+    monkeypatch.setattr("regions.TABLE_ROWS", 3)
+    assert len(whole) > 10
+    assert list(object_table(objects, ("background", "cell", "vessel"), mpp=0.3)[1]) == whole
+    assert [row["id"] for row in whole] == list(range(1, len(whole) + 1))
+
+
 def test_object_table_speaks_of_pixels_and_of_micrometres():
     classes = np.zeros((6, 8), np.uint8)
     classes[1:4, 2:6] = 2
     classes[5, 0] = 1
     objects = find_objects(cut(classes, 2))
     names = ("background", "cell", "vessel")
-    columns, rows = object_table(objects, names)
+    columns, made = object_table(objects, names)
+    rows = list(made)
     assert columns == COLUMNS
     assert [row["class"] for row in rows] == ["vessel", "cell"]
     assert rows[0] | {"perimeter": 0} == {
@@ -175,7 +185,8 @@ def test_object_table_speaks_of_pixels_and_of_micrometres():
         "equivalent_diameter": pytest.approx(2 * math.sqrt(12 / math.pi)),
         "perimeter": 0,
     }
-    columns, rows = object_table(objects, names, mpp=0.5)
+    columns, made = object_table(objects, names, mpp=0.5)
+    rows = list(made)
     assert columns == (*COLUMNS, "area_um2", "equivalent_diameter_um", "perimeter_um")
     assert rows[0]["area_um2"] == 3.0
     assert rows[0]["perimeter_um"] == rows[0]["perimeter"] / 2
