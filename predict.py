@@ -18,7 +18,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -413,8 +413,11 @@ def fill_rows(setup: Setup, picture: "Picture", plan: "Plan", results: "Results"
     if first:
         print(f"{name}: going on at row {first} of {height}")
     if first < height:
-        with progress(name, picture, first * picture.height // height) as count:
-            for _, probs in predict_picture(picture, setup.forward, plan, setup.tiles, first_row=first, count=count):
+        with (
+            progress(name, picture, first * picture.height // height) as count,
+            closing(predict_picture(picture, setup.forward, plan, setup.tiles, first_row=first, count=count)) as bands,
+        ):
+            for _, probs in bands:
                 results.note_damage(picture.damage)  # before the rows count, for they are not read again
                 results.add(probs)
     results.note_damage(picture.damage)

@@ -9,7 +9,7 @@ import glob
 import math
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +32,8 @@ from tissue import Tissue, find_tissue
 
 PILLOW_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 UPSCALED_ROWS = 256  # rows that are enlarged at a time
+
+Bands = Generator[tuple[int, np.ndarray], None, None]  # first row, probabilities (K, h, W)
 
 
 def list_pictures(words: Sequence[str]) -> list[Path]:
@@ -407,10 +409,10 @@ def predict_picture(
     *,
     first_row: int = 0,
     count: Callable[[int], None] | None = None,
-) -> Iterator[tuple[int, np.ndarray]]:
+) -> Bands:
     """Predict a picture from a row of the result on.
 
-    Reading, the network and the caller work at the same time: each in a thread of its own.
+    Reading, the network and the caller work at the same time: each in a thread of its own. Close it before the picture.
 
     Args:
         count: called with the number of pixels of the grid that were finished.
@@ -483,9 +485,7 @@ def _cleared(
         yield top, band
 
 
-def _counted(
-    bands: Iterator[tuple[int, np.ndarray]], count: Callable[[int], None] | None
-) -> Iterator[tuple[int, np.ndarray]]:
+def _counted(bands: Iterator[tuple[int, np.ndarray]], count: Callable[[int], None] | None) -> Bands:
     for top, band in bands:
         yield top, band
         if count:
@@ -503,7 +503,7 @@ def enlarge_bands(
     wanted: tuple[int, int],
     scale: float,
     first_row: int = 0,
-) -> Iterator[tuple[int, np.ndarray]]:
+) -> Bands:
     """Enlarge bands of probabilities linearly; the result does not hang on where the bands part.
 
     Args:

@@ -76,7 +76,7 @@ def predict_slide(
             try:
                 yield SlidePrediction(pair, picture, plan, _with_truth(probs, picture, slide, classes))
             finally:
-                probs.close()  # type: ignore[attr-defined]
+                probs.close()
 
 
 def _with_truth(

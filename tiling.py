@@ -9,6 +9,7 @@ only predict_tiled, which collects the bands, holds a whole result.
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from typing import TypeVar
@@ -140,15 +141,16 @@ def predict_bands(  # noqa: PLR0913 - the last four are for slides, an image in 
         raise ValueError(f"unknown TTA {tta!r}, expected one of {', '.join(TTA)}")
     first = next(row for row, origin in enumerate(rows.origins) if origin + rows.tile > first_row)
     kept = np.ones((len(rows.origins), len(cols.origins)), bool) if keep is None else keep
-    batches: Iterator[Batch] = read_batches(read, rows, cols, batch_size, kept, first)
+    batches: Generator[Batch, None, None] = read_batches(read, rows, cols, batch_size, kept, first)
     if ahead:
         batches = run_ahead(batches, ahead)
     found = forward_batches(batches, turned(forward, TTA[tta]), rows, cols)
     tiles = with_skipped(found, kept, first)
-    for top, band in blend_bands(tiles, rows, cols, channels):
-        cut = min(max(first_row - top, 0), band.shape[1])
-        if cut < band.shape[1]:
-            yield top + cut, band[:, cut:]
+    with closing(batches):  # reading has ended when an error arrives: what is read may be closed next
+        for top, band in blend_bands(tiles, rows, cols, channels):
+            cut = min(max(first_row - top, 0), band.shape[1])
+            if cut < band.shape[1]:
+                yield top + cut, band[:, cut:]
 
 
 def window_reader(image: np.ndarray) -> Read:
@@ -223,7 +225,7 @@ Batch = tuple[list[tuple[int, int]], np.ndarray]
 
 def read_batches(
     read: Read, rows: Axis, cols: Axis, batch_size: int, kept: np.ndarray, first: int = 0
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Read the kept tiles in reading order; a batch goes on into the next row of tiles.
 
     Args:
@@ -292,7 +294,7 @@ def with_skipped(tiles: Iterable[Tile], kept: np.ndarray, first: int) -> Iterato
             yield next(predicted) if kept[row, col] else (row, col, None)
 
 
-def run_ahead(items: Iterator[T], depth: int) -> Iterator[T]:
+def run_ahead(items: Iterator[T], depth: int) -> Generator[T, None, None]:
     """Make items in a thread of their own, at most `depth` before they are asked for, in the same order.
 
     What making them raises is raised here; a consumer that stops early ends the thread.

@@ -1,4 +1,5 @@
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -347,6 +348,27 @@ def test_run_ahead_raises_what_making_raised_and_ends_its_thread():
     assert next(stopped) == 0
     stopped.close()
     assert threading.active_count() == threads
+
+
+def test_nothing_reads_any_more_when_an_error_arrives():
+    axis = tiling.plan_axis(200, tile=32, overlap=8, halo=0, stride=8, min_side=0, window="hann")
+    calls = []
+
+    def read(top, left, height, width):
+        time.sleep(0.02)
+        return np.zeros((1, height, width), np.float32)
+
+    def forward(batch):
+        calls.append(len(batch))
+        if len(calls) == 2:
+            raise RuntimeError("no more")
+        return batch
+
+    before = threading.active_count()
+    bands = tiling.run_ahead(tiling.predict_bands(read, forward, axis, axis, batch_size=1, ahead=2), 1)
+    with pytest.raises(RuntimeError, match="no more") as raised:
+        next(bands)
+    assert raised.value.__traceback__ and threading.active_count() == before
 
 
 def test_run_ahead_stays_within_its_depth():
