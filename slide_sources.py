@@ -577,11 +577,23 @@ class _OpenSlideLevel:
         size = min(REGION, self.width - left), min(REGION, self.height - top)
         corner = round(left * self.scale), round(top * self.scale)
         try:
-            region = np.asarray(self.slide.read_region(corner, self.index, size))
-        except self.library.OpenSlideError as error:
-            self.slide = self.library.OpenSlide(str(self.path))  # the handle keeps its first error
-            raise DamagedPieceError(str(error)) from error
+            region = self._region(corner, size)
+        except self.library.OpenSlideError:  # a handle keeps its first error, which may be of another region
+            try:
+                region = self._region(corner, size)
+            except self.library.OpenSlideError as error:
+                raise DamagedPieceError(str(error)) from error
         pixels, alpha = region[..., :3], region[..., 3:].astype(np.uint16)
         if (alpha == 255).all():
             return np.ascontiguousarray(pixels), None
         return ((pixels * alpha + self.background * (255 - alpha) + 127) // 255).astype(np.uint8), None
+
+    def _region(self, corner: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+        """The pixels (h, w, 4) of a region; after an error the file is opened anew for the next one."""
+        handle = self.slide
+        try:
+            return np.asarray(handle.read_region(corner, self.index, size))
+        except self.library.OpenSlideError:
+            if self.slide is handle:
+                self.slide = self.library.OpenSlide(str(self.path))
+            raise

@@ -733,3 +733,30 @@ def test_a_real_pyramid_equals_openslide():
         for index, size in enumerate(peer.level_dimensions):
             expected = np.asarray(peer.read_region((0, 0), index, size).convert("RGB"))
             np.testing.assert_array_equal(read_whole(slide.grid(level=index)), expected)
+
+
+class StickySlide:
+    """A slide of OpenSlide with a damaged region: a handle that met it says so of every region from then on."""
+
+    level_dimensions, level_downsamples, properties = ((1024, 512), (512, 256)), (1.0, 2.0), {}
+
+    def __init__(self, path):
+        self.failed = False
+
+    def read_region(self, corner, level, size):
+        self.failed |= (corner, level) == ((512, 0), 0)
+        if self.failed:
+            raise ValueError("broken tile")
+        return np.full((size[1], size[0], 4), (level + 1, 7, 7, 255), np.uint8)
+
+
+def test_a_damaged_region_of_openslide_damages_no_other():
+    class Library:
+        OpenSlide, OpenSlideError, PROPERTY_NAME_BACKGROUND_COLOR = StickySlide, ValueError, "background"
+
+    handle = StickySlide("a.mrxs")
+    levels = [slide_sources._OpenSlideLevel(Library, handle, "a.mrxs", index).mosaic() for index in (0, 1)]
+    fill = np.array([9, 9, 9], np.uint8)
+    large = levels[0].read(0, 0, 512, 1024, fill)
+    assert (large[:, :512] == (1, 7, 7)).all() and (large[:, 512:] == 9).all() and len(levels[0].damage) == 1
+    assert (levels[1].read(0, 0, 256, 512, fill) == (2, 7, 7)).all() and not levels[1].damage
