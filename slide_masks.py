@@ -129,7 +129,7 @@ class ShapeMask:
 
     def __init__(self, path: Path, slide: Slide, raster: Raster, options: MaskOptions) -> None:
         shapes, findings = read_geojson(path)
-        outside = check_inside(shapes, slide.height, slide.width)
+        outside = check_inside(shapes, slide.height, slide.width, max(1.0, raster.scale))
         apart = {finding.feature for finding in outside if "wholly" in finding.problem}
         if shapes and apart >= {shape.feature for shape in shapes}:
             raise ImageError(f"{path}: no annotation lies on the slide {slide.path}: {outside[0]}")

@@ -33,12 +33,16 @@ from checkpoint import Geometry, ModelConfig
 from classes import ClassMap, ClassOptions
 from dataset import EpochSampler, EvaluationSet, Slot, TrainingBatches, TrainingSet, cut_window
 from dataset_utils import check as check_command
+from geojson import GeoJsonWriter
 from image_io import IGNORE_INDEX, read_mask, write_image, write_mask
 from losses import build_loss
 from metrics import Scorer
 from pairing import DatasetError, FileOptions, Pair, find_splits, list_pairs, read_runs
+from polygons import trace_labels
 from scan import check_dataset, scan_pairs
 from slide_index import SlidePlaces, close_places, draw_corner, draw_tissue
+from slide_io import open_slide
+from slide_masks import Raster, open_mask
 from slide_scoring import predict_slide
 from slide_windows import SlideOptions, SlidePair, is_slide
 from tissue import Tissue
@@ -188,6 +192,17 @@ def test_masks_are_level_0_under_the_centres(tmp_path, form, reduction):
         assert np.array_equal(found, at_centres(mask, slide.scale, found.shape)) and found.any()
         top, left = slide.height // 3, slide.width // 4
         assert np.array_equal(slide.labels(BINARY, top, left, 20, 30), found[top : top + 20, left : left + 30])
+
+
+def test_polygons_of_a_reduced_prediction_are_annotations_without_a_finding(tmp_path):
+    path = write_slide(tmp_path / "s.svs", draw_slide(0, (300, 407))[0])
+    with open_slide(path) as slide:
+        grid = slide.grid(reduce=16)  # 19 x 25, so 304 x 400 pixels of level 0
+        raster = Raster(grid.height, grid.width, grid.scale)
+        with GeoJsonWriter(tmp_path / "s.geojson", scale=grid.scale) as writer:
+            writer.write(trace_labels(np.ones((grid.height, grid.width), np.uint8))[0], "a")
+        mask = open_mask(tmp_path / "s.geojson", "s", slide, raster)
+        assert not mask.findings and mask.read(0, 0, grid.height, grid.width).all()
 
 
 def test_masks_of_the_size_of_a_level(tmp_path):
