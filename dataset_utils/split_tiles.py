@@ -169,6 +169,8 @@ def open_raster(name: str, path: Path, stack: ExitStack, max_decoded_gb: float) 
     Raises:
         ImageError: not an image; OSError: it cannot be read.
     """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; expected the raster of {name}")
     slide = stack.enter_context(open_slide(path, max_decoded_gb=max_decoded_gb))
     return Raster(name, slide, slide.grid(), slide.grid(fill=1.0))
 

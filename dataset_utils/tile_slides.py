@@ -39,7 +39,7 @@ from dataset_utils.tile_cutting import (
 from dataset_utils.tile_journal import Journal, claim_folder, remove_leftovers
 from dataset_utils.tile_masks import MAX_VALUE, LabelRule, find_masks
 from image_io import IMAGE_SUFFIXES, ImageError, file_stem, write_text
-from pairing import SLIDE_SUFFIXES, Pair, share_by_name
+from pairing import SLIDE_SUFFIXES, DatasetError, Pair, share_by_name
 
 MANIFEST = "manifest.csv"
 KINDS = (ANNOTATED, EMPTY, NO_TISSUE, NO_DATA, UNREADABLE)
@@ -283,6 +283,10 @@ def split_slides(names: Sequence[str], share: float | None, pattern: str | None)
     """
     if share is None:
         return dict.fromkeys(names, "")
+    if len(names) < 2:
+        raise DatasetError(
+            f"--val-share {share:g}: {len(names)} slide cannot be split; leave the flag out, or add slides"
+        )
     train, val = share_by_name([Pair(name, Path(name)) for name in sorted(names)], share, pattern)
     return {pair.name: side for side, pairs in (("train", train), ("val", val)) for pair in pairs}
 
@@ -469,7 +473,7 @@ def print_statistics(args: argparse.Namespace, written: Sequence[Placed], sides:
     numbers = "; ".join(f"{name} {' '.join(f'{v:.4g}' for v in row)}" for name, row in (("mean", mean), ("std", std)))
     print(f"{numbers} ({note})")
     print(f"tiles in {args.output_dir}")
-    if not args.val_share and args.names != "predecessor":
+    if not args.val_share and args.names != "predecessor" and len(sides) > 1:
         print(r"to train, keep the tiles of a slide together: --group-pattern '^(.+)_x\d+_y\d+$'")
 
 
