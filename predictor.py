@@ -32,6 +32,7 @@ from tissue import Tissue, find_tissue
 
 PILLOW_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 UPSCALED_ROWS = 256  # rows that are enlarged at a time
+ASKED_COLUMNS = 512  # of tissue that are asked for their data at a time
 
 Bands = Generator[tuple[int, np.ndarray], None, None]  # first row, probabilities (K, h, W)
 
@@ -280,11 +281,11 @@ class Picture:
         parts = [normalise(pixels, config.mean, config.std) for config in self.configs]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def valid(self, top: int, height: int) -> np.ndarray | None:
-        """Where full-width rows hold data in every layer: (height, width) bool; None: everywhere."""
+    def valid(self, top: int, height: int, left: int = 0, width: int | None = None) -> np.ndarray | None:
+        """Where rows, or some columns of them, hold data in every layer: (height, width) bool; None: everywhere."""
         result = None
         for source in self.sources:
-            result = both_hold(result, source.valid(top, 0, height, self.width))
+            result = both_hold(result, source.valid(top, left, height, self.width if width is None else width))
         return result
 
     @property
@@ -477,12 +478,21 @@ def _cleared(
     """Make background of what holds no data or no tissue."""
     has_background = 0 not in picture.configs[0].labels
     for top, band in bands:
-        region = picture.valid(top, band.shape[1])
-        if tissue is not None:
-            region = both_hold(region, tissue.rows(top, band.shape[1]))
+        region = picture.valid(top, band.shape[1]) if tissue is None else _tissue_with_data(picture, tissue, top, band)
         if region is not None:
             clear_outside(band, region, has_background=has_background)
         yield top, band
+
+
+def _tissue_with_data(picture: Picture, tissue: Tissue, top: int, band: np.ndarray) -> np.ndarray:
+    """Where a band has tissue and data, (h, W) bool; what has no tissue is not decoded to know that."""
+    inside = tissue.rows(top, band.shape[1]).astype(bool)
+    for left in range(0, inside.shape[1], ASKED_COLUMNS):
+        part = inside[:, left : left + ASKED_COLUMNS]
+        valid = picture.valid(top, part.shape[0], left, part.shape[1]) if part.any() else None
+        if valid is not None:
+            part &= valid
+    return inside
 
 
 def _counted(bands: Iterator[tuple[int, np.ndarray]], count: Callable[[int], None] | None) -> Bands:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import predictor
+import slide_sources
 from checkpoint import Geometry, ModelConfig
 from image_io import ImageError, normalise, read_image, write_image
 from pairing import Pair
@@ -191,6 +192,29 @@ def test_tiles_without_tissue_are_skipped_and_tissue_keeps_all_its_tiles(tmp_pat
     assert region[300:420, 500:700].all() and not region[:250].any() and not region[500:].any()
     np.testing.assert_allclose(found[:, region], whole[:, region], atol=1e-6)
     assert (found[:, ~region] == 0).all()
+
+
+def test_what_has_no_tissue_is_not_decoded(tmp_path, monkeypatch):
+    pixels = np.full((2048, 2048, 3), 240, np.uint8)
+    pixels[200:300, 700:900] = (150, 60, 160)
+    pixels[248:252, 740:760] = 7
+    nodata = [(42113, "s", 0, "7", True)]
+    with tifffile.TiffWriter(tmp_path / "a.tif") as tif:
+        tif.write(pixels, tile=(64, 64), photometric="rgb", compression="zlib", subifds=1, extratags=nodata)
+        tif.write(pixels[::4, ::4].copy(), tile=(64, 64), photometric="rgb", compression="zlib", subfiletype=1)
+    monkeypatch.setattr("tissue.THUMBNAIL_SIDE", 512)
+    load, decoded = slide_sources._TiffLevel.load, []
+
+    def counted(level, row, column):
+        decoded.append(level.index)
+        return load(level, row, column)
+
+    monkeypatch.setattr(slide_sources._TiffLevel, "load", counted)
+    options = TileOptions(64, 16, 4, tissue="saturation")
+    found, _, plan = predict(Pair("a", tmp_path / "a.tif"), [config()], options)
+    region = plan.tissue.rows(0, 2048)
+    assert (found[:, ~region] == 0).all() and (found[:, 248:252, 740:760] == 0).all() and found[0, 230, 750] > 0
+    assert 0 < decoded.count(0) < 1024 / 4
 
 
 def test_outside_tissue_several_classes_are_background(tmp_path):
