@@ -70,11 +70,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def draw_pattern(seed: int = 0) -> np.ndarray:
-    """Blobs of some 30 pixels on a noisy ground, periodic: (PERIOD, PERIOD, 3) uint8."""
+    """Blobs of some 30 pixels on a grainy ground, periodic: (PERIOD, PERIOD, 3) uint8."""
     rng = np.random.default_rng(seed)
     field = gaussian_filter(rng.normal(size=(PERIOD, PERIOD)), 8, mode="wrap")
     field /= field.std()
-    light = 170 - 60 * np.tanh(2 * (field - 1)) + rng.normal(scale=4, size=field.shape)
+    light = 170 - 60 * np.tanh(2 * (field - 1)) + rng.normal(scale=1.5, size=field.shape)
     return np.clip(np.stack([light, 0.8 * light, light + 20], axis=2), 0, 255).astype(np.uint8)
 
 
