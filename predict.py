@@ -375,6 +375,8 @@ def predict_one(setup: Setup, pair: "Pair", writer: Any) -> list[str]:
             skipped = 1 - plan.tiles / (len(plan.rows.origins) * len(plan.cols.origins))
             print(f"{pair.name}: tissue on {plan.tissue.share:.1%} of the slide, {skipped:.1%} of the tiles skipped")
         frame = frame_of(pair.name, picture, plan)
+        if "rle" in kinds and frame.scale != 1:
+            print(f"warning: {pair.name}: run lengths are on the grid read, not the slide's own pixels (--full-size)")
         check_disk(frame, setup)
         with Results(frame, setup.configs[0], setup.results, f"{digest} {setup.engine}") as results:
             begin_record(folder, pair.name, digest, kinds, {"scale": frame.scale, "mpp": frame.mpp})

@@ -31,6 +31,7 @@ from tiling import Axis, plan_axis, predict_bands, round_up, run_ahead
 from tissue import Tissue, find_tissue
 
 PILLOW_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
+MUCH_SMALLER = 4  # images this many times as long as what a network sees are warned about
 UPSCALED_ROWS = 256  # rows that are enlarged at a time
 ASKED_COLUMNS = 512  # of tissue that are asked for their data at a time
 
@@ -53,6 +54,8 @@ def list_pictures(words: Sequence[str]) -> list[Path]:
             inside = [path]
         else:
             inside = [Path(item) for item in glob.glob(str(path), recursive=True)]  # noqa: PTH207 - may be absolute
+        if not inside and not glob.has_magic(str(path)) and not path.is_dir():
+            raise FileNotFoundError(f"{word} does not exist; expected an image, a slide, a folder or a glob")
         if not inside:
             what = f"the folder {path} holds" if path.is_dir() else f"{word} names"
             raise FileNotFoundError(f"{what} no image or slide; expected files such as *.png, *.tif or *.svs")
@@ -179,6 +182,12 @@ class Picture:
             self._check_sizes(pair)
             self._files = stack.pop_all()
         self.height, self.width, self.scale = self.sources[0].height, self.sources[0].width, self.sources[0].scale
+        geometry = self.configs[0].geometry
+        if geometry.kind == "resize" and max(self.height, self.width) > MUCH_SMALLER * max(geometry.size):
+            self.notes.append(
+                f"the network sees the whole {self.height}x{self.width} resized to {geometry.size[0]}x"
+                f"{geometry.size[1]}; networks for images this large are trained with --crops"
+            )
 
     def __enter__(self) -> "Picture":
         return self

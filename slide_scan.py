@@ -159,7 +159,7 @@ def choose_tissue(pairs: Sequence[Pair], options: SlideOptions, rule: str) -> tu
     if not any(shares):
         return options, "tissue: none found by its colour, windows come from whole slides (--tissue otsu looks closer)"
     note = (
-        f"tissue: {np.mean(shares):.0%} of the slides by the saturation rule, windows and scores keep to it "
-        "(--tissue none takes all)"
+        f"tissue: {np.mean(shares):.0%} of the slides by the saturation rule; windows lie in it and nothing is "
+        "predicted outside it (--tissue none takes all)"
     )
     return replace(options, tissue="saturation"), note

@@ -1,6 +1,7 @@
 """Read and write TIFF: bands, pages and pyramids, palettes, CMYK, white-is-zero, nodata; and know what is damaged."""
 
 import contextlib
+import logging
 import math
 import struct
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ import numpy as np
 import tifffile
 
 from image_headers import DECODE_ERRORS, ImageError, truncated, upright
+
+tifffile.logger().setLevel(logging.CRITICAL)  # what it logs is an error here, with the path, or does not matter
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,8 @@ def open_tiff(path: Path) -> Iterator[tifffile.TiffFile]:
 def main_pages(tif: tifffile.TiffFile, path: Path) -> list[Any]:
     """The pages that make up the full-resolution image: one, or one for each band."""
     every: list[Any] = list(tif.pages)
+    if not every:
+        raise truncated(path, "it has no TIFF page")
     pages = [page for page in every if not page.subfiletype & 5] or every[:1]  # 1 is reduced, 4 a transparency mask
     main = max(pages, key=lambda page: page.imagelength * page.imagewidth)
     same = [page for page in pages if page.shape == main.shape and page.dtype == main.dtype]

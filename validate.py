@@ -124,7 +124,12 @@ def with_overrides(config: ModelConfig, args: argparse.Namespace) -> ModelConfig
 
 def find_files(args: argparse.Namespace, config: ModelConfig) -> Listing:
     """Images, masks and what belongs to them, as the checkpoint needs them."""
-    from pairing import DatasetError, FileOptions, find_split
+    from pairing import SPLITS, DatasetError, FileOptions, find_split
+
+    if args.split is None and args.val_share is not None:
+        raise cli.UsageError("--val-share chooses the part that --split val scores: give --split val too")
+    if args.split is None and args.dataset_dir.resolve().name not in SPLITS:
+        print("note: every image of the folder is scored; --split val takes the part that training kept for validation")
 
     options = FileOptions(
         add_dirs=config.add_dirs,
