@@ -162,7 +162,18 @@ def find_objects(bands: Bands) -> Objects:
         corners.append(touching)
         seams.append(seam_pairs(strip))
         places.append(strip.place)
-    return _number_objects(np.concatenate(measured), np.concatenate(seams), np.concatenate(corners), tuple(places))
+    return _number_objects(_emptied(measured), _emptied(seams), _emptied(corners), tuple(places))
+
+
+def _emptied(parts: list[np.ndarray]) -> np.ndarray:
+    """The parts as one array; each is let go when it is copied, for together they can be gigabytes."""
+    whole = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
+    end = len(whole)
+    while parts:
+        part = parts.pop()
+        whole[end - len(part) : end] = part
+        end -= len(part)
+    return whole
 
 
 def label_bands(bands: Bands, objects: Objects) -> Iterator[Band]:
