@@ -80,7 +80,7 @@ class Journal:
                 f"would be in {side or 'no split'}; expected the slides of the earlier run: give another folder"
             )
         for line in lines[1:]:
-            tiles = [Tile(*tile[:4], {int(k): v for k, v in tile[4].items()}) for tile in line["tiles"]]  # type: ignore
+            tiles = [Tile(*tile[:4], {int(k): v for k, v in tile[4].items()}) for tile in line["tiles"]]  # type: ignore[call-arg]
             self.rows[line["row"]] = RowResult(layout.job.name, line["row"], tiles, line["findings"])
         self.changed = bool(old) and old != head
         if self.changed:
