@@ -1,8 +1,8 @@
 """Filters over class maps that come as bands: closing, holes, and rules about the area and length of objects.
 
-Each filter gives on bands of any heights what it gives on the whole map, in the memory of a few bands and some 200
-bytes for each object or hole. Objects are 4-connected components of one class, as in regions; holes are 8-connected
-components of the background.
+Each filter gives on bands of any heights what it gives on the whole map, in the memory of a few bands and some 130
+bytes for each object or hole (4 for an object that min_area drops). Objects are 4-connected components of one class,
+as in regions; holes are 8-connected components of the background.
 """
 
 import math
@@ -111,8 +111,7 @@ def filter_objects(bands: Bands, filters: Filters) -> tuple[Bands, Objects]:
         Bands and objects for regions.label_bands; pixels of objects that were dropped get the number 0.
     """
     bands = _complete(bands, filters)
-    objects = find_objects(bands)
-    return bands, objects.keep(select_objects(bands, objects, filters))
+    return bands, select_objects(bands, filters)
 
 
 def _complete(bands: Bands, filters: Filters) -> Bands:
@@ -293,26 +292,24 @@ def drop_objects(bands: Bands, kept: Found) -> Iterator[Band]:
 
 def find_kept(bands: Bands, filters: Filters) -> Found:
     """Find the objects that stay; values are 255 for those, 0 for the others."""
-    objects = find_objects(bands)
-    kept = objects.keep(select_objects(bands, objects, filters))
-    return Found(np.where(kept.table > 0, 255, 0).astype(np.uint8), kept.places)
+    kept = select_objects(bands, filters)
+    return Found((kept.table > 0).astype(np.uint8) * np.uint8(255), kept.places)
 
 
-def select_objects(bands: Bands, objects: Objects, filters: Filters) -> np.ndarray:
-    """Which objects of some bands stay, (n,) bool."""
-    kept = objects.area >= filters.min_area
+def select_objects(bands: Bands, filters: Filters) -> Objects:
+    """The objects of some bands that stay."""
+    objects = find_objects(bands, max(filters.min_area, filters.min_length))  # a skeleton is a part of its object
     if filters.relative_area:
-        counts = np.bincount(objects.class_index)
-        mean = np.bincount(objects.class_index, objects.area) / np.maximum(counts, 1)
-        kept &= objects.area >= mean[objects.class_index] / filters.relative_area
+        mean = objects.areas / np.maximum(objects.counts, 1)  # of the dropped ones, too
+        objects = objects.keep(objects.area >= mean[objects.class_index] / filters.relative_area)
     if filters.min_length:
-        kept &= objects.area >= filters.min_length  # a skeleton is a part of its object
-        kept[kept] = find_long(bands, objects.keep(kept), filters.min_length)
+        objects = objects.keep(find_long(bands, objects, filters.min_length))
     if filters.keep_largest:
-        order = np.lexsort((-objects.area, objects.class_index, ~kept))[: kept.sum()]  # stable: the first of equals
+        order = np.lexsort((-objects.area, objects.class_index))  # stable: the first of equals
         kept = np.zeros(len(objects), bool)
         kept[order[np.unique(objects.class_index[order], return_index=True)[1]]] = True
-    return kept
+        objects = objects.keep(kept)
+    return objects
 
 
 @dataclass
@@ -340,16 +337,16 @@ def find_long(bands: Bands, objects: Objects, min_length: int) -> np.ndarray:
     """
     result, opened = np.zeros(len(objects), bool), 0
     waiting: dict[int, OpenObject] = {}
-    bottoms = objects.box_top + objects.box_height
+    tops, bottoms, lefts, widths = objects.box_top, objects.measures["bottom"], objects.box_left, objects.box_width
     for top, labels in label_bands(bands, objects):
         bottom = top + len(labels)
-        until = int(np.searchsorted(objects.box_top, bottom))  # objects are numbered by their first row
+        until = int(np.searchsorted(tops, bottom))  # objects are numbered by their first row
         for index in range(opened, until):
-            waiting[index] = OpenObject(int(objects.box_top[index]), int(objects.box_top[index]))
+            waiting[index] = OpenObject(int(tops[index]), int(tops[index]))
         opened = until
         for index, item in list(waiting.items()):
-            left, width = int(objects.box_left[index]), int(objects.box_width[index])
-            rows = slice(max(0, int(objects.box_top[index]) - top), int(bottoms[index]) - top)
+            left, width = int(lefts[index]), int(widths[index])
+            rows = slice(max(0, int(tops[index]) - top), int(bottoms[index]) - top)
             mask = labels[rows, left : left + width] == index + 1
             closed = bool(bottoms[index] <= bottom)
             if _add_rows(item, mask, min_length, closed):

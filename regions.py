@@ -3,7 +3,7 @@
 An object is a 4-connected component of one class; class 0 is background. The first pass labels each strip of rows by
 itself, joins the labels over the seams and measures; the second labels the same strips again and looks the final
 numbers up. Numbers run 1..n by each object's first pixel in reading order, whatever the heights of the bands. Memory
-holds a few strips and some 200 bytes for each object, not the map.
+holds a few strips, 65 bytes for each object (twice that at the end) and 4 for each component of a strip, not the map.
 """
 
 import math
@@ -52,7 +52,11 @@ MEASURES = np.dtype(
         ("first", np.int64),  # place of the first pixel in reading order
     ]
 )
-SUMS, LEAST, MOST = ("area", "sum_x", "sum_y", "straight", "diagonal"), ("left", "top", "first"), ("right", "bottom")
+COMBINED = {  # how the measures of two parts become those of the whole
+    **dict.fromkeys(("area", "sum_x", "sum_y", "straight", "diagonal"), np.add),
+    **dict.fromkeys(("left", "top", "first"), np.minimum),
+    **dict.fromkeys(("right", "bottom"), np.maximum),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +90,12 @@ class Strip:
         labels = self.labels[row].astype(np.int64)
         return np.where(labels > 0, labels + self.offset, 0)
 
+    def open_components(self) -> np.ndarray:
+        """Whether each label, 0 included, reaches the first or the last of these rows: (count + 1,) bool."""
+        result = np.zeros(self.count + 1, bool)
+        result[self.labels[0]] = result[self.labels[-1]] = True
+        return result
+
     def runs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Pixels side by side in one component: labels, places in the flattened strip and lengths, (n,) each."""
         starts = np.ones(self.classes.shape, bool)
@@ -104,30 +114,69 @@ class Objects:
     Pixels are those of the map; x runs along columns, y along rows, and the first pixel has its centre at (0, 0).
 
     Attributes:
-        class_index: (n,) uint8.
-        area: pixels, (n,) int64.
-        centroid_x, centroid_y: mean of the pixel centres, (n,) float64.
-        box_left, box_top, box_width, box_height: the pixels' bounding box, (n,) int64.
-        perimeter: (n,) float64, Crofton's formula over 4 directions: pi / 4 (runs along rows and columns + runs along
-            the diagonals / sqrt(2)). What skimage.measure.perimeter_crofton(directions=4) gives for the object alone.
+        measures: (n,) MEASURES; the properties read them.
         table: provisional -> final numbers, (provisional + 1,) uint32; 0 is no object.
         places: (first row, rows, components) of each strip: what the second pass must meet again.
+        counts, areas: objects and pixels of each class, (256,) int64 each, with the objects that were dropped.
     """
 
-    class_index: np.ndarray
-    area: np.ndarray
-    centroid_x: np.ndarray
-    centroid_y: np.ndarray
-    box_left: np.ndarray
-    box_top: np.ndarray
-    box_width: np.ndarray
-    box_height: np.ndarray
-    perimeter: np.ndarray
+    measures: np.ndarray
     table: np.ndarray
     places: tuple[tuple[int, int, int], ...]
+    counts: np.ndarray
+    areas: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.area)
+        return len(self.measures)
+
+    @property
+    def class_index(self) -> np.ndarray:
+        """(n,) uint8."""
+        return self.measures["class_index"]
+
+    @property
+    def area(self) -> np.ndarray:
+        """Pixels, (n,) int64."""
+        return self.measures["area"]
+
+    @property
+    def centroid_x(self) -> np.ndarray:
+        """Mean column of the pixels, (n,) float64."""
+        return self.measures["sum_x"] / self.area
+
+    @property
+    def centroid_y(self) -> np.ndarray:
+        """Mean row of the pixels, (n,) float64."""
+        return self.measures["sum_y"] / self.area
+
+    @property
+    def box_left(self) -> np.ndarray:
+        """First column of the bounding box, (n,) int32."""
+        return self.measures["left"]
+
+    @property
+    def box_top(self) -> np.ndarray:
+        """First row of the bounding box, (n,) int32."""
+        return self.measures["top"]
+
+    @property
+    def box_width(self) -> np.ndarray:
+        """Columns of the bounding box, (n,) int32."""
+        return self.measures["right"] - self.measures["left"]
+
+    @property
+    def box_height(self) -> np.ndarray:
+        """Rows of the bounding box, (n,) int32."""
+        return self.measures["bottom"] - self.measures["top"]
+
+    @property
+    def perimeter(self) -> np.ndarray:
+        """Crofton's formula over 4 directions, (n,) float64.
+
+        pi / 4 (runs along rows and columns + runs along the diagonals / sqrt(2)): what
+        skimage.measure.perimeter_crofton(directions=4) gives for the object alone.
+        """
+        return math.pi / 4 * (self.measures["straight"] + self.measures["diagonal"] / math.sqrt(2))
 
     @property
     def equivalent_diameter(self) -> np.ndarray:
@@ -138,31 +187,48 @@ class Objects:
         """Only the objects whose entry of kept, (n,) bool, is true; the rest is background, the numbers close up."""
         if kept.shape != (len(self),) or kept.dtype != bool:
             raise ValueError(f"found {kept.dtype} {kept.shape}, expected one bool for each of {len(self)} objects")
+        if kept.all():
+            return self
         numbers = np.concatenate([[0], np.cumsum(kept) * kept]).astype(np.uint32)
-        arrays = {name: getattr(self, name)[kept] for name in self.__dataclass_fields__ if name not in _NOT_PER_OBJECT}
-        return replace(self, table=numbers[self.table], **arrays)
+        return replace(self, measures=self.measures[kept], table=numbers[self.table])
 
 
-_NOT_PER_OBJECT = ("table", "places")
-
-
-def find_objects(bands: Bands) -> Objects:
+def find_objects(bands: Bands, min_area: int = 0) -> Objects:
     """Measure the objects of a class map: the first pass.
 
     Args:
         bands: gives (first row, class indices (h, W) uint8) from top to bottom without gaps, any h.
+        min_area: objects with fewer pixels are dropped, most of them as soon as they end: specks then cost 4 bytes.
 
     Raises:
         ValueError: a band is not where the last one ended, or has another width or type.
     """
     measured, seams, corners, places = [np.zeros(0, MEASURES)], [_NO_PAIRS], [_NO_PAIRS], []
+    slots, held = [np.zeros(1, np.uint32)], 0
+    counts, areas = np.zeros(256, np.int64), np.zeros(256, np.int64)
     for strip in label_strips(bands()):
         measures, touching = measure_strip(strip)
-        measured.append(measures)
+        kept = strip.open_components()[1:] | (measures["area"] >= min_area)
+        _count_classes(measures[~kept], counts, areas)
+        measured.append(measures[kept])
+        slots.append(((np.cumsum(kept) + held) * kept).astype(np.uint32))
+        held += len(measured[-1])
         corners.append(touching)
         seams.append(seam_pairs(strip))
         places.append(strip.place)
-    return _number_objects(_emptied(measured), _emptied(seams), _emptied(corners), tuple(places))
+    slot = _emptied(slots)
+    # Only components that are open meet others, and those are held.
+    pairs = [slot[_emptied(parts)].astype(np.int64) for parts in (seams, corners)]
+    measures, numbers = _join_measures(_emptied(measured), *pairs)
+    _count_classes(measures, counts, areas)
+    objects = Objects(measures, numbers[slot], tuple(places), counts, areas)
+    return objects.keep(objects.area >= min_area)
+
+
+def _count_classes(measures: np.ndarray, counts: np.ndarray, areas: np.ndarray) -> None:
+    """Add objects and their pixels to the sums of their classes, in place."""
+    counts += np.bincount(measures["class_index"], minlength=256)
+    areas += np.bincount(measures["class_index"], measures["area"], minlength=256).astype(np.int64)
 
 
 def _emptied(parts: list[np.ndarray]) -> np.ndarray:
@@ -214,13 +280,12 @@ def object_table(
 
 def _table_rows(objects: Objects, class_names: Sequence[str], mpp: float | None) -> Iterator[dict[str, Any]]:
     for start in range(0, len(objects), TABLE_ROWS):
-        part = slice(start, start + TABLE_ROWS)
-        columns = {name: getattr(objects, name)[part].tolist() for name in COLUMNS[2:]}
-        columns["id"] = list(range(start + 1, start + 1 + len(columns["area"])))
-        columns["class"] = [class_names[index] for index in objects.class_index[part].tolist()]
+        part = replace(objects, measures=objects.measures[start : start + TABLE_ROWS])
+        columns = {name: getattr(part, name).tolist() for name in COLUMNS[2:]}
+        columns["id"] = list(range(start + 1, start + 1 + len(part)))
+        columns["class"] = [class_names[index] for index in part.class_index.tolist()]
         if mpp is not None:
-            diameters = objects.equivalent_diameter[part]
-            measures = (objects.area[part] * mpp**2, diameters * mpp, objects.perimeter[part] * mpp)
+            measures = (part.area * mpp**2, part.equivalent_diameter * mpp, part.perimeter * mpp)
             columns |= {name: values.tolist() for name, values in zip(MICRON_COLUMNS, measures, strict=True)}
         for row in zip(*columns.values(), strict=True):
             yield dict(zip(columns, row, strict=True))
@@ -374,8 +439,7 @@ def _find_corners(strip: Strip, around: np.ndarray, places: np.ndarray) -> tuple
         Provisional numbers of the lower and of the upper pixel, (m,) int64 each, and whether the two components are
         certainly two objects, (m,) bool: one of them ends within the strip.
     """
-    open_labels = np.zeros(strip.count + 1, bool)
-    open_labels[strip.labels[0]] = open_labels[strip.labels[-1]] = True
+    open_labels = strip.open_components()
     row, col = np.divmod(places, strip.labels.shape[1])
     value = around[row + 1, col + 1]
     found = []
@@ -419,44 +483,35 @@ def join_components(pairs: np.ndarray, count: int) -> np.ndarray:
     return connected_components(graph, directed=False)[1].astype(np.int64) if count else np.zeros(0, np.int64)
 
 
-def _number_objects(
-    measured: np.ndarray, seams: np.ndarray, corners: np.ndarray, places: tuple[tuple[int, int, int], ...]
-) -> Objects:
-    """Join provisional components into objects, numbered by their first pixel.
+def _join_measures(measured: np.ndarray, seams: np.ndarray, corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Join components into objects, numbered by their first pixel.
 
     Args:
-        measured: (provisional,) MEASURES.
-        seams: pairs of provisional numbers that are one object.
+        measured: (m,) MEASURES of components 1..m; changed in place.
+        seams: pairs (s, 2) of components that are one object.
         corners: pairs that touch by a corner, see measure_strip.
-        places: of the strips.
+
+    Returns:
+        (n,) MEASURES of the objects, and the object of each component, (m + 1,) uint32 with 0 for 0.
     """
-    group = join_components(seams, len(measured))
-    first = np.full(group.max(initial=-1) + 1, np.iinfo(np.int64).max)
-    np.minimum.at(first, group, measured["first"])
-    order = np.empty(len(first), np.int64)
-    order[np.argsort(first)] = np.arange(len(first))
-    group = order[group]
-    total = np.zeros(len(first), MEASURES)
-    total["class_index"][group] = measured["class_index"]
-    for name in SUMS:
-        total[name] = np.bincount(group, measured[name], minlength=len(first))
-    for name in LEAST:
-        total[name] = np.iinfo(total[name].dtype).max
-        np.minimum.at(total[name], group, measured[name])
-    for name in MOST:
-        np.maximum.at(total[name], group, measured[name])
-    own, other = group[corners.T - 1]
-    diagonal = total["diagonal"] + np.bincount(own[own != other], minlength=len(first))
-    return Objects(
-        class_index=total["class_index"].copy(),
-        area=total["area"].copy(),
-        centroid_x=total["sum_x"] / np.maximum(total["area"], 1),
-        centroid_y=total["sum_y"] / np.maximum(total["area"], 1),
-        box_left=total["left"].astype(np.int64),
-        box_top=total["top"].astype(np.int64),
-        box_width=(total["right"] - total["left"]).astype(np.int64),
-        box_height=(total["bottom"] - total["top"]).astype(np.int64),
-        perimeter=math.pi / 4 * (total["straight"] + diagonal / math.sqrt(2)),
-        table=np.concatenate([[0], group + 1]).astype(np.uint32),
-        places=places,
-    )
+    joined, place = np.unique(seams, return_inverse=True)  # the few that reach over a seam
+    joined -= 1
+    group = join_components(place.reshape(-1, 2) + 1, len(joined))
+    by_first = np.argsort(measured["first"][joined])
+    _, least = np.unique(group[by_first], return_index=True)
+    lead = joined[by_first[least]][group]  # of each of the joined, the component of its object that comes first
+    rest = lead != joined
+    leads, others = lead[rest], measured[joined[rest]]
+    for name, combine in COMBINED.items():
+        combine.at(measured[name], leads, others[name])
+    whole = np.ones(len(measured), bool)
+    whole[joined[rest]] = False
+    objects = np.flatnonzero(whole)
+    objects = objects[np.argsort(measured["first"][objects])]
+    numbers = np.zeros(len(measured) + 1, np.uint32)
+    numbers[objects + 1] = np.arange(1, len(objects) + 1)
+    numbers[joined[rest] + 1] = numbers[leads + 1]
+    own, other = numbers[corners.T]
+    measures = measured[objects]
+    measures["diagonal"] += np.bincount(own[own != other] - 1, minlength=len(objects))
+    return measures, numbers

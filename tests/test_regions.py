@@ -126,6 +126,20 @@ def test_keep_drops_objects_and_closes_the_numbers(classes, height, seed):
     np.testing.assert_array_equal(np.bincount(labels.ravel(), minlength=len(some) + 1)[1:], some.area)
 
 
+@settings(max_examples=60, deadline=None)
+@given(maps, st.sampled_from(HEIGHTS), st.sampled_from((1, 50, 1 << 22)), st.integers(0, 30))
+def test_specks_dropped_as_they_end_leave_what_dropping_them_afterwards_leaves(classes, height, strip_pixels, least):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(regions, "STRIP_PIXELS", strip_pixels)
+        every = find_objects(cut(classes, height))
+        some = find_objects(cut(classes, height), least)
+    later = every.keep(every.area >= least)
+    np.testing.assert_array_equal(some.measures, later.measures)
+    np.testing.assert_array_equal(some.table, later.table)
+    np.testing.assert_array_equal(some.counts, np.bincount(every.class_index, minlength=256))
+    np.testing.assert_array_equal(some.areas[1:], np.bincount(classes.ravel(), minlength=256)[1:])
+
+
 def test_keep_refuses_an_array_that_is_not_one_bool_for_each_object():
     objects = find_objects(cut(np.eye(3, dtype=np.uint8), 3))
     with pytest.raises(ValueError, match=r"found int64 \(3,\), expected one bool for each of 3 objects"):
