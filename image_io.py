@@ -471,7 +471,8 @@ def normalise(image: np.ndarray, mean: Sequence[float], std: Sequence[float]) ->
         std: C numbers in raw pixel units; below 1e-6 they count as 1e-6.
 
     Returns:
-        (C, H, W) float32, contiguous.
+        (C, H, W) float32. That of a picture (uint8, up to 4 channels) lies in memory as the picture does, channels
+        last, which PyTorch's channels-last networks take without a copy.
 
     Raises:
         ValueError: mean or std has not one number for each channel.
@@ -483,13 +484,12 @@ def normalise(image: np.ndarray, mean: Sequence[float], std: Sequence[float]) ->
             "expected as many: give the channels that the statistics were computed on"
         )
     shift, scale = np.asarray(mean, np.float32), np.maximum(np.asarray(std, np.float32), np.float32(1e-6))
+    if image.dtype == np.uint8 and channels <= 4:  # the same arithmetic, done once for each of the 256 values
+        table = (np.arange(256, dtype=np.float32)[:, None] - shift) / scale
+        return cv2.LUT(image, table[None]).reshape(image.shape).transpose(2, 0, 1)
     result = np.empty((channels, height, width), np.float32)
     for c in range(channels):
-        if image.dtype == np.uint8:  # the same arithmetic, done once for each of the 256 values
-            table = (np.arange(256, dtype=np.float32) - shift[c]) / scale[c]
-            cv2.LUT(np.ascontiguousarray(image[..., c]), table, dst=result[c])
-        else:
-            result[c] = image[..., c]
-            result[c] -= shift[c]
-            result[c] /= scale[c]
+        result[c] = image[..., c]
+        result[c] -= shift[c]
+        result[c] /= scale[c]
     return result

@@ -484,8 +484,11 @@ def look_up(table: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 def quantise(probs: np.ndarray, kind: np.dtype) -> np.ndarray:
     """Probabilities (K, h, W) as whole numbers of which the largest is 1: (h, W) for K = 1, else (h, W, K)."""
-    top = np.iinfo(kind).max
-    scaled = np.clip(probs, 0, 1) * np.float32(top)
-    np.rint(scaled, out=scaled)
-    result = scaled.astype(kind)
+    top, scratch = np.float32(np.iinfo(kind).max), np.empty(probs.shape[1:], np.float32)
+    result = np.empty(probs.shape, kind)
+    for plane, values in zip(result, probs, strict=True):  # one class at a time: of many, each array is hundreds of MB
+        np.clip(values, 0, 1, out=scratch)
+        np.multiply(scratch, top, out=scratch)
+        np.rint(scratch, out=scratch)
+        plane[:] = scratch
     return result[0] if len(result) == 1 else result.transpose(1, 2, 0)
