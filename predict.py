@@ -107,7 +107,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 class Setup:
     """What is the same for all images of a run.
 
-    digest: of the checkpoints' content and of every flag that changes a result. engine: what runs the networks; bits
+    digest: of the checkpoints' content and of every flag that changes a result, but not of the kinds of results, which
+    do not change one another. engine: what runs the networks; bits
     differ between engines, so a slide that one began is not finished by another.
     """
 
@@ -247,7 +248,7 @@ def build_setup(
     choices = [
         asdict(read),
         asdict(replace(tiles, ahead=0)),
-        asdict(replace(results, folder=Path())),
+        asdict(replace(results, folder=Path(), kinds=())),
         asdict(geometry),
         args.full_size,
         args.backend,
@@ -289,7 +290,7 @@ def default_output(path: Path, pairs: Sequence["Pair"], threshold: float) -> Pat
 
 
 def picture_digest(setup: Setup, pair: "Pair") -> str:
-    """Of the flags, the checkpoints and the image files: the same digest gives the same results."""
+    """Of the flags, the checkpoints and the image files: with the same digest results of a kind are the same."""
     facts: list[Any] = [setup.digest]
     for path in pair.layers:
         status = path.stat()
@@ -301,14 +302,14 @@ def finished_before(setup: Setup, pairs: Sequence["Pair"], *, overwrite: bool) -
     """Names of images whose results are there, made with the same flags from the same files.
 
     Raises:
-        cli.UsageError: results of other flags, or of something else, are in the way.
+        FileExistsError: results of other flags, or of something else, are in the way.
     """
     from result_record import find_done
     from results import working_folder
 
     folder = setup.results.folder
     digests = {pair.name: picture_digest(setup, pair) if pair.image.is_file() else None for pair in pairs}
-    done = find_done(folder, digests, setup.results.kinds, overwrite=overwrite)
+    done = find_done(folder, digests, setup.results.kinds, overwrite=overwrite, report=print)
     for name in done:  # of a run that was killed between its last two steps
         shutil.rmtree(working_folder(folder, name), ignore_errors=True)
     return done

@@ -9,13 +9,12 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from checkpoint import ModelConfig, config_to_dict
-from cli import UsageError
 from slide_writer import replacing
 from spool import naming
 
@@ -30,10 +29,10 @@ RUN_LENGTHS = "rle.csv"  # of all pictures together
 Record = dict[str, list[dict[str, Any]]]
 
 
-def existing_files(folder: Path, name: str, kinds: Sequence[str]) -> list[Path]:
-    """Result files of a picture that are there, of the kinds asked for."""
+def existing_files(folder: Path, name: str, places: Iterable[str]) -> list[Path]:
+    """Result files of a picture that are there, in some of the folders of results."""
     found = []
-    for place in sorted(_folders(kinds)):
+    for place in sorted(places):
         for suffix in SUFFIXES:
             path = folder / place / f"{name}{suffix}"
             if path.exists():
@@ -45,31 +44,45 @@ def existing_files(folder: Path, name: str, kinds: Sequence[str]) -> list[Path]:
 class Before:
     """What a folder of results holds already.
 
-    done: names whose results are there, made with the same flags from the same files. others: files in the way that
-    are somebody else's, or of other flags. record: see read_record.
+    done: names whose results are there, made with the same flags from the same files. missing: of pictures of which
+    some kinds are there like that, those that are not. others: files in the way that are somebody else's, or of other
+    flags.
     """
 
     done: set[str]
+    missing: dict[str, list[str]]
     others: list[Path]
-    record: Record
 
 
-def find_done(folder: Path, digests: Mapping[str, str | None], kinds: Sequence[str], *, overwrite: bool) -> set[str]:
+def find_done(
+    folder: Path,
+    digests: Mapping[str, str | None],
+    kinds: Sequence[str],
+    *,
+    overwrite: bool,
+    report: Callable[[str], None] = lambda _: None,
+) -> set[str]:
     """Names of pictures whose results are there, made with the same flags from the same files.
 
     Args:
         digests: see look_before.
+        report: takes one line for each picture of which some kinds are there and others are not.
 
     Raises:
-        UsageError: results of other flags, or of something else, are in the way.
+        FileExistsError: results of other flags, or of something else, are in the way.
     """
     remove_leftovers(folder)
     before = look_before(folder, digests, kinds)
     if before.others and not overwrite:
-        raise UsageError(
-            f"{len(before.others)} results of other flags or files are in the way, first: {before.others[0]}; "
-            "replace them with --overwrite, or give another folder with -o"
+        count = len(before.others)
+        what = "1 result of other flags or files is" if count == 1 else f"{count} results of other flags or files are"
+        raise FileExistsError(
+            f"{what} in the way{', first' if count > 1 else ''}: {before.others[0]}; "
+            "replace with --overwrite, or give another folder with -o"
         )
+    for name, missing in before.missing.items():
+        there = [kind for kind in kinds if kind not in missing]
+        report(f"{name}: {', '.join(there)} there, {', '.join(missing)} missing: predicted again for all of them")
     return before.done
 
 
@@ -77,22 +90,33 @@ def look_before(folder: Path, digests: Mapping[str, str | None], kinds: Sequence
     """Tell finished pictures, those that an earlier run of the same command began, and files of somebody else apart.
 
     Args:
-        digests: name of each picture to what decides about its results; None when its file cannot be looked at.
+        digests: name of each picture to what decides about its results, whatever their kinds; None when its file
+            cannot be looked at.
     """
     record = read_record(folder / RECORD)
-    before = Before(set(), [], record)
+    before = Before(set(), {}, [])
     for name, digest in digests.items():
-        own = next((row for row in record.get(name, []) if digest and row["digest"] == digest), None)
-        if own is None:
-            before.others += existing_files(folder, name, kinds)
-        elif own["done"] and not own["damage"] and all((folder / file).is_file() for file in own["files"]):
+        rows = [row for row in record.get(name, []) if digest and row["digest"] == digest]
+        ours = _folders([kind for row in rows for kind in row["kinds"]])
+        before.others += existing_files(folder, name, _folders(kinds) - ours)
+        missing = [kind for kind in kinds if not any(_is_done(folder, row, kind) for row in rows)]
+        if not missing:
             before.done.add(name)
+        elif len(missing) < len(kinds):
+            before.missing[name] = missing
     if not record:  # of a folder of results they are parts
         if "rle" in kinds and (folder / RUN_LENGTHS).exists():
             before.others.append(folder / RUN_LENGTHS)
         if (folder / DESCRIPTION).exists() and not is_description(folder / DESCRIPTION):
             before.others.append(folder / DESCRIPTION)
     return before
+
+
+def _is_done(folder: Path, row: Mapping[str, Any], kind: str) -> bool:
+    """Whether a row of the record says that results of a kind were made without damage, and they are still there."""
+    if kind not in row["kinds"] or not row["done"] or row["damage"]:
+        return False
+    return all((folder / file).is_file() for file in row["files"] if Path(file).parts[0] in _folders([kind]))
 
 
 def is_description(path: Path) -> bool:
@@ -119,6 +143,9 @@ def read_record(path: Path) -> Record:
 
 def _left_of(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any] | None:
     """What a row still tells after a later one: all of it, or of replaced results the scale of those that stayed."""
+    if old["digest"] and old["digest"] == new["digest"]:  # made again they are the same, those in objects/ too
+        kinds = [kind for kind in old["kinds"] if kind not in new["kinds"]]
+        return {**old, "kinds": kinds} if kinds else None
     taken = _folders(new["kinds"])
     if not _folders(old["kinds"]) & taken:
         return old
@@ -173,7 +200,7 @@ def end_record(  # noqa: PLR0913 - they are the line of the record
         durable: see add_to_record; for what would take long to do again.
         facts: damage (what could not be decoded), scale and mpp of the results.
     """
-    for path in existing_files(folder, name, kinds):
+    for path in existing_files(folder, name, _folders(kinds)):
         if path not in files:
             path.unlink(missing_ok=True)
     names = [path.relative_to(folder).as_posix() for path in files]

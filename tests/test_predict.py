@@ -399,8 +399,11 @@ def test_the_same_flags_again_do_nothing_and_other_flags_need_overwrite(tmp_path
     capsys.readouterr()
     go(run, image, out, "--save", "mask,labels")
     assert "a: already done" in capsys.readouterr().out and content(out) == first
-    error = stopped(2, capsys, *flags(run, image, out, "--save", "mask,labels", "-t", "0.4"))
-    assert "results of other flags or files are in the way, first: " in error and "--overwrite" in error
+    error = stopped(1, capsys, *flags(run, image, out, "--save", "mask,labels", "-t", "0.4"))
+    assert ": error: 3 results of other flags or files are in the way, first: " in error
+    assert "--overwrite" in error and "usage:" not in error
+    error = stopped(1, capsys, *flags(run, image, out, "--save", "mask", "-t", "0.4"))
+    assert f"error: 1 result of other flags or files is in the way: {out}" in error and "usage:" not in error
     assert content(out) == first
     go(run, image, out, "--save", "mask,labels", "-t", "0.4", "--overwrite")
     assert content(out) != first
@@ -418,12 +421,71 @@ def test_another_kind_is_added_beside(tmp_path, run, capsys):
     assert (out / "rle.csv").read_text().startswith("id,predicted\na,")
 
 
+def times(folder):
+    return {path.name: path.stat().st_mtime_ns for path in folder.rglob("*.*") if path.parent != folder}
+
+
+@pytest.mark.parametrize("form", ["png", "ome"])
+def test_some_of_the_kinds_that_are_there_are_done(tmp_path, run, capsys, form):
+    image = write_slide(tmp_path / "a.tif", blobs(90, 80))
+    how = ["--format", form, "--min-area", 5]
+    out = go(run, image, tmp_path / "out", "--save", "mask,prob,labels", *how)
+    before = times(out)
+    for kinds in ("mask", "prob", "labels,mask"):
+        capsys.readouterr()
+        go(run, image, out, "--save", kinds, *how)
+        assert "a: already done" in capsys.readouterr().out and times(out) == before
+    next((out / "raw").iterdir()).unlink()
+    go(run, image, out, "--save", "mask", *how)
+    assert "a: already done" in capsys.readouterr().out, "what is missing was not asked for"
+    go(run, image, out, "--save", "mask,prob", *how)
+    text = capsys.readouterr().out
+    assert "a: mask there, prob missing: predicted again" in text and "already done" not in text
+    assert "in the way: " in stopped(1, capsys, *flags(run, image, out, "--save", "mask", *how, "-t", "0.4"))
+
+
+def test_more_kinds_than_there_are_become_those_of_one_run(tmp_path, run, capsys):
+    image = write_slide(tmp_path / "a.tif", blobs(90, 80))
+    whole = go(run, image, tmp_path / "whole", "--save", "mask,labels,geojson,rle")
+    out = go(run, image, tmp_path / "out", "--save", "labels")
+    for kinds in ("geojson", "mask,geojson", "rle,labels,mask"):
+        go(run, image, out, "--save", kinds)
+    assert content(out) == content(whole)
+    capsys.readouterr()
+    go(run, image, out, "--save", "mask,labels,geojson,rle")
+    assert "a: already done" in capsys.readouterr().out, "kinds of several runs are there together"
+    (out / "raw").mkdir()
+    (out / "raw" / "a.png").write_text("mine")
+    error = stopped(1, capsys, *flags(run, image, out, "--save", "mask,prob"))
+    assert f"1 result of other flags or files is in the way: {out / 'raw' / 'a.png'}" in error
+    assert (out / "raw" / "a.png").read_text() == "mine"
+
+
+def test_a_killed_run_of_more_kinds_leaves_none_of_them_done(tmp_path, run, capsys, monkeypatch):
+    import results
+
+    image = write_slide(tmp_path / "a.tif", blobs(90, 80))
+    out = go(run, image, tmp_path / "out", "--save", "mask,prob")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(results.Results, "add", interrupted)
+    stopped(130, capsys, *flags(run, image, out, "--save", "mask,labels"))
+    monkeypatch.undo()
+    os.chdir(tmp_path)
+    go(run, image, out, "--save", "prob")
+    assert "a: already done" in capsys.readouterr().out
+    go(run, image, out, "--save", "mask")
+    assert "already done" not in capsys.readouterr().out, "nobody knows which run wrote it"
+
+
 def test_a_touched_file_is_predicted_again_when_told(tmp_path, run, capsys):
     image = write_slide(tmp_path / "a.tif", blobs(90, 80))
     out = go(run, image, tmp_path / "out")
     write_slide(image, blobs(90, 80, seed=1))
     os.utime(image, ns=(1, 1))
-    assert "in the way" in stopped(2, capsys, *flags(run, image, out))
+    assert "in the way" in stopped(1, capsys, *flags(run, image, out))
     go(run, image, out, "--overwrite")
 
 
@@ -437,7 +499,7 @@ def test_foreign_files_are_never_replaced(tmp_path, run, capsys, place):
     path.parent.mkdir(parents=True)
     path.write_text("mine")
     words = flags(run, image, tmp_path / "out", "--save", "mask,labels,rle")
-    error = stopped(2, capsys, *words)
+    error = stopped(1, capsys, *words)
     assert str(path) in error and path.read_text() == "mine"
     predict.main([*words, "--overwrite"])
     assert not path.exists() or path.read_bytes() != b"mine"
@@ -482,7 +544,7 @@ def test_a_damaged_tile_is_named_and_the_rest_is_done(tmp_path, run, capsys, for
     error = stopped(1, capsys, *words)
     assert "row 1, column 2" in error, "it is tried again"
     bad.write_bytes(good.read_bytes())
-    assert "in the way" in stopped(2, capsys, *words)
+    assert "in the way" in stopped(1, capsys, *words)
     predict.main([*words, "--overwrite"])
     np.testing.assert_array_equal(read_image(tmp_path / "out" / "raw" / f"slide{suffix}")[..., 0], whole)
 
@@ -734,7 +796,7 @@ def test_whole_image_networks(tmp_path, capsys):
         assert f"{words[0]} is for networks trained on crops" in error
     go(tmp_path / "run", image, tmp_path / "out")
     assert read_mask(tmp_path / "out" / "masks" / "a.png").shape == (150, 130)
-    error = stopped(2, capsys, *flags(tmp_path / "run", image, tmp_path / "out", "--tile-size", 96))
+    error = stopped(1, capsys, *flags(tmp_path / "run", image, tmp_path / "out", "--tile-size", 96))
     assert "in the way" in error, "(96, 96) is another size than (64, 96)"
     go(tmp_path / "run", image, tmp_path / "small", "--tile-size", 32)
     assert "trained on images resized to (64, 96), now (32, 32)" in capsys.readouterr().out

@@ -184,11 +184,11 @@ def test_it_goes_on_and_replaces_nothing_of_others(tmp_path, capsys, monkeypatch
     rethreshold.main([str(word) for word in words])
     assert "a: already done" in capsys.readouterr().out
     assert content(tmp_path / "found") == content(again(first, tmp_path / "whole", *how))
-    assert "in the way" in stopped(2, capsys, *words, "-t", "0.4")
+    assert "in the way" in stopped(1, capsys, *words, "-t", "0.4")
     again(first, tmp_path / "found", *how, "-t", "0.4", "--overwrite")
     (tmp_path / "mine" / "objects").mkdir(parents=True)
     (tmp_path / "mine" / "objects" / "a.csv").write_text("mine")
-    assert "objects/a.csv" in stopped(2, capsys, "-r", first, "-o", tmp_path / "mine", *how)
+    assert "objects/a.csv" in stopped(1, capsys, "-r", first, "-o", tmp_path / "mine", *how)
 
 
 def test_damaged_probabilities_are_named(tmp_path, capsys):
