@@ -552,8 +552,13 @@ def _open_openslide(path: Path, what: str) -> Stored:
     known, mpp_xy = slide.properties, None
     with contextlib.suppress(KeyError, ValueError):
         mpp_xy = _usable(float(known[library.PROPERTY_NAME_MPP_X]), float(known[library.PROPERTY_NAME_MPP_Y]))
-    levels = [_OpenSlideLevel(library, slide, path, index).mosaic() for index in range(slide.level_count)]
-    return Stored(levels, mpp_xy, (), None, slide.close)
+    levels = [_OpenSlideLevel(library, slide, path, index) for index in range(slide.level_count)]
+
+    def close() -> None:
+        for handle in {level.slide for level in levels}:  # those opened anew too; one that was replaced closes itself
+            handle.close()
+
+    return Stored([level.mosaic() for level in levels], mpp_xy, (), None, close)
 
 
 class _OpenSlideLevel:

@@ -760,3 +760,29 @@ def test_a_damaged_region_of_openslide_damages_no_other():
     large = levels[0].read(0, 0, 512, 1024, fill)
     assert (large[:, :512] == (1, 7, 7)).all() and (large[:, 512:] == 9).all() and len(levels[0].damage) == 1
     assert (levels[1].read(0, 0, 256, 512, fill) == (2, 7, 7)).all() and not levels[1].damage
+
+
+def test_a_handle_that_was_opened_anew_is_closed_with_the_slide(tmp_path, monkeypatch):
+    opened, closed = [], []
+
+    class Counted(StickySlide):
+        level_count = 2
+
+        def __init__(self, path):
+            super().__init__(path)
+            opened.append(self)
+
+        def close(self):
+            assert self not in closed, "OpenSlide takes no second close"
+            closed.append(self)
+
+    class Library:
+        OpenSlide, OpenSlideError, PROPERTY_NAME_BACKGROUND_COLOR = Counted, ValueError, "background"
+        PROPERTY_NAME_MPP_X = PROPERTY_NAME_MPP_Y = "mpp"
+
+    monkeypatch.setattr(slide_sources, "_import_openslide", lambda: Library)
+    (tmp_path / "a.mrxs").write_bytes(b"")
+    with open_slide(tmp_path / "a.mrxs") as slide:
+        grid = slide.grid(fill=9)
+        assert (grid.read(0, 0, 512, 1024)[:, 512:] == 9).all() and len(opened) > 1 and not closed
+    assert opened[0] in closed and opened[-1] in closed
