@@ -18,7 +18,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,8 @@ from typing import TYPE_CHECKING, Any
 import cli
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from backends import Forward
     from checkpoint import ModelConfig
     from pairing import Pair
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 TISSUE_RULES = ("saturation", "otsu")
 ENOUGH_MEGAPIXELS = 2000.0  # no network predicts that much on a CPU before a faster one is prepared
+INTERRUPTED = "the same command goes on where it stopped; a picture whose results become PNG begins anew"
 KINDS = ("mask", "prob", "overlay", "labels", "geojson", "rle")
 
 
@@ -98,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse, find checkpoint and images, predict each, print what came out."""
     parser = build_parser()
     args = cli.parse(parser, argv)
-    with cli.plain_errors(parser, interrupted="the same command goes on where it stopped"):
+    with cli.plain_errors(parser, interrupted=INTERRUPTED):
         failures = run(args)
     cli.exit_with_findings(parser, failures)
 
@@ -143,11 +146,12 @@ def run(args: argparse.Namespace) -> list[str]:
     for name in sorted(done):
         print(f"{name}: already done")
     write_description(setup.results.folder, configs[0], setup.results.threshold)
-    failures += predict_all(setup, [pair for pair in pairs if pair.name not in done], args)
-    if "rle" in args.save:
-        merge_run_lengths(setup.results.folder)
-    print(f"results in {setup.results.folder}")
-    return failures
+    made, failed = predict_all(setup, [pair for pair in pairs if pair.name not in done], args)
+    if done or made:
+        if "rle" in args.save:
+            merge_run_lengths(setup.results.folder)
+        print(f"results in {setup.results.folder}")
+    return failures + failed
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -319,24 +323,36 @@ def finished_before(setup: Setup, pairs: Sequence["Pair"], *, overwrite: bool) -
 # Prediction
 
 
-def predict_all(setup: Setup, pairs: Sequence["Pair"], args: argparse.Namespace) -> list[str]:
-    """Predict image after image; what fails is collected, except a full disk, which ends the run."""
+def predict_all(setup: Setup, pairs: Sequence["Pair"], args: argparse.Namespace) -> tuple[int, list[str]]:
+    """Predict image after image; a full disk ends the run.
+
+    Returns:
+        Number of images that have results, and what went wrong with these and others.
+    """
     from spool import FULL
 
-    failures: list[str] = []
-    with open_writer(args, setup.results.folder, pairs) as writer:
+    made, failures = 0, list[str]()
+    writer: Any = None  # of TensorBoard; opened for the first picture, so that no empty run is left
+    with ExitStack() as stack:
         for number, pair in enumerate(pairs):
             try:
-                failures += predict_one(setup, pair, writer if number < args.thumbnails else None)
+                panel, damage = predict_one(setup, pair, with_picture=number < args.thumbnails)
+                made += 1
+                failures += damage
+                if panel is not None:
+                    from run_folder import shrink_panel
+
+                    writer = writer or stack.enter_context(open_writer(args, setup.results.folder))
+                    writer.add_image(f"predict/{pair.name}", shrink_panel(panel), dataformats="HWC")
             except (OSError, ValueError, RuntimeError) as error:
                 if isinstance(error, OSError) and error.errno in FULL:
                     raise disk_full(error) from error
                 text = cli.plain_message(error)
                 failures.append(text if str(pair.image) in text else f"{pair.image}: {text}")
                 print(f"{pair.name}: failed")
-    if args.thumbnails and pairs:
+    if writer:
         print(f"tensorboard --logdir {shlex.quote(str(args.log_dir))}")
-    return failures
+    return made, failures
 
 
 def disk_full(error: OSError) -> OSError:
@@ -347,21 +363,20 @@ def disk_full(error: OSError) -> OSError:
     return OSError(error.errno, text, error.filename)
 
 
-@contextmanager
-def open_writer(args: argparse.Namespace, folder: Path, pairs: Sequence["Pair"]) -> Iterator[Any]:
-    """TensorBoard's writer, or None with --thumbnails 0 and when there is nothing to do."""
-    if not (args.thumbnails and pairs):
-        yield None
-        return
+def open_writer(args: argparse.Namespace, folder: Path) -> Any:
+    """TensorBoard's writer of the run."""
     from torch.utils.tensorboard import SummaryWriter
 
     whole = folder.resolve()
-    with SummaryWriter(str(args.log_dir / (args.exp_name or f"predict_{whole.parent.name}_{whole.name}"))) as writer:
-        yield writer
+    return SummaryWriter(str(args.log_dir / (args.exp_name or f"predict_{whole.parent.name}_{whole.name}")))
 
 
-def predict_one(setup: Setup, pair: "Pair", writer: Any) -> list[str]:
-    """Predict one image and write its results; return what could not be decoded."""
+def predict_one(setup: Setup, pair: "Pair", *, with_picture: bool) -> tuple["np.ndarray | None", list[str]]:
+    """Predict one image and write its results.
+
+    Returns:
+        A small overlay (h, w, 3) uint8 if it was asked for, and what could not be decoded.
+    """
     from predictor import Picture, plan_picture, thumbnail
     from result_record import begin_record, end_record
     from results import Results
@@ -383,7 +398,7 @@ def predict_one(setup: Setup, pair: "Pair", writer: Any) -> list[str]:
             begin_record(folder, pair.name, digest, kinds, {"scale": frame.scale, "mpp": frame.mpp})
             megapixel = fill_rows(setup, picture, plan, results)
             summary = results.finish(
-                lambda step: thumbnail(picture.slide, frame.height, frame.width, step), with_picture=writer is not None
+                lambda step: thumbnail(picture.slide, frame.height, frame.width, step), with_picture=with_picture
             )
             damage = results.damage
             seconds = time.perf_counter() - begin
@@ -391,11 +406,7 @@ def predict_one(setup: Setup, pair: "Pair", writer: Any) -> list[str]:
             end_record(folder, pair.name, digest, kinds, summary.files, facts, durable=seconds > 1)
             results.remove()
     print(f"{pair.name}: {summary.text()}; {megapixel:.1f} MP in {seconds:.1f} s, {megapixel / seconds:.2f} MP/s")
-    if writer is not None and summary.picture is not None:
-        from run_folder import shrink_panel
-
-        writer.add_image(f"predict/{pair.name}", shrink_panel(summary.picture), dataformats="HWC")
-    return damage
+    return summary.picture, damage
 
 
 def tiles_for(setup: Setup, pair: "Pair") -> "TileOptions":

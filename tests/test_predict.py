@@ -215,6 +215,7 @@ def test_ctrl_c_is_said_and_the_run_goes_on(tmp_path, run, capsys, monkeypatch):
     words = flags(run, image, tmp_path / "out", "--format", "ome")
     error = stopped(130, capsys, *words)
     assert "interrupted; the same command goes on where it stopped" in error
+    assert "a picture whose results become PNG begins anew" in error
     predict.main(words)
     assert "going on at row 512 of 1300" in capsys.readouterr().out
     monkeypatch.undo()
@@ -873,6 +874,27 @@ def test_thumbnails_are_in_tensorboard(tmp_path, run):
     assert (picture.height, picture.width) == (90, 140)
     go(run, tmp_path / "in", tmp_path / "out", "-log", tmp_path / "again", "--thumbnails", 1)
     assert not (tmp_path / "again").exists(), "nothing was done, nothing is logged"
+
+
+def test_a_run_without_any_result_leaves_no_log_and_promises_no_results(tmp_path, run, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(b"\x89PNG\r\n\x1a\nrest")
+    words = [*flags(run, tmp_path / "in", tmp_path / "out", "--save", "mask,rle", "-log", tmp_path / "logs")]
+    words[words.index("--thumbnails") + 1] = "8"
+    with pytest.raises(SystemExit, match="1"):
+        predict.main(words)
+    text = capsys.readouterr().out
+    assert "a: failed" in text and "results in" not in text and "tensorboard" not in text
+    assert not (tmp_path / "logs").exists() and not (tmp_path / "out" / "rle.csv").exists()
+    save(tmp_path / "in" / "b.png", blobs(60, 50))
+    with pytest.raises(SystemExit, match="1"):
+        predict.main(words)
+    text = capsys.readouterr().out
+    assert "results in" in text and "tensorboard" in text and (tmp_path / "out" / "rle.csv").exists()
+    with pytest.raises(SystemExit, match="1"):
+        predict.main(words)
+    text = capsys.readouterr().out
+    assert "b: already done" in text and "results in" in text and "tensorboard" not in text
 
 
 def test_names_of_patients_labels_and_macros_stay_in_the_slide(tmp_path, run, capsys):
