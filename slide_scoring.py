@@ -1,13 +1,16 @@
 """Whole slides through the one engine: predicted band by band as predict.py does, scored band by band as they come.
 
 Slides are scored on the grid of the network's scale, which is the one that predict.py writes. Nothing here holds more
-than a band of a slide. Counts and losses are sums over pixels, so they are those of the whole slide at once.
+than a band of a slide. Counts and losses are sums over pixels, so they are those of the whole slide at once. Filters of
+objects need more than one pass: classes and truth wait for them on the disk.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -21,9 +24,11 @@ from image_io import IGNORE_INDEX
 from metrics import Scorer
 from outputs import decide
 from pairing import DatasetError, Pair
+from postprocess import Filters, filter_bands
 from predictor import Picture, Plan, ReadOptions, TileOptions, plan_picture, predict_picture
 from slide_index import slide_tissue
 from slide_windows import SlideOptions, SlidePair
+from slide_writer import Job, Layer, open_job
 
 LOSS_PIXELS = 1 << 22  # that a loss is computed of at a time
 
@@ -31,16 +36,26 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
+class Filtering:
+    """Filters of a slide's objects, and a folder of their own for what waits on the disk until it is scored."""
+
+    filters: Filters
+    folder: Path
+
+
+@dataclass(frozen=True)
 class SlidePrediction:
     """A slide on its way through the network; `bands` can be gone through once, while the slide is open.
 
     bands: (first row, probabilities (K, h, W) float32, class indices (h, W) uint8 or None without a mask).
+    filtering: what is done to the predicted classes before they are scored; None: nothing.
     """
 
     pair: Pair
     picture: Picture
     plan: Plan
     bands: Iterator[tuple[int, np.ndarray, np.ndarray | None]]
+    filtering: Filtering | None = None
 
     @property
     def has_mask(self) -> bool:
@@ -83,14 +98,14 @@ def _with_truth(
     bands: Iterator[tuple[int, np.ndarray]], picture: Picture, slide: SlidePair, classes: ClassMap
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray | None]]:
     for top, probs in bands:
-        mask = None
+        mask, height = None, probs.shape[1]
         if slide.mask is not None:
-            window = top, 0, probs.shape[1], slide.width
+            window = top, 0, height, slide.width
             mask = slide.labels(classes, *window)
             outside = slide.outside(*window)
             if outside is not None:
                 mask[outside] = IGNORE_INDEX
-            valid = picture.valid(top, probs.shape[1])
+            valid = picture.valid(top, height)
             if valid is not None:
                 mask[~valid] = IGNORE_INDEX
         yield top, probs, mask
@@ -128,12 +143,15 @@ class SlideScore:
 def score_slide(
     prediction: SlidePrediction, scorer: Scorer, *, loss: LossFunction | None = None, show: bool = False
 ) -> SlideScore:
-    """Count a slide as its bands come.
+    """Count a slide as its bands come; where objects are filtered, the sweep over thresholds is of all of them.
 
     Args:
         loss: also computed where it is made of sums over pixels, as those of losses.py are; it is then that of the
             whole slide.
-        show: also find its worst tile.
+        show: also find its worst tile, as it is before objects are filtered.
+
+    Raises:
+        JobError, OSError: classes cannot be kept on the disk until they are filtered.
     """
     worst, sums = WorstTile(), LossSums(loss)
     side = prediction.picture.configs[0].geometry.tile
@@ -146,11 +164,73 @@ def score_slide(
                 worst.see(top, probs, mask, side, scorer.threshold)
             yield probs, mask
 
-    scores = scorer.update_parts(prediction.pair.name, parts())
+    if prediction.filtering is None:
+        scores = scorer.update_parts(prediction.pair.name, parts())
+    else:
+        scores = _count_filtered(prediction, prediction.filtering, scorer, parts())
     if worst.probs is None or worst.mask is None:
         return SlideScore(scores, sums.value(), None)
     image = prediction.picture.pixels(*worst.corner, *worst.mask.shape)
     return SlideScore(scores, sums.value(), (worst.mask, worst.probs, image))
+
+
+def _count_filtered(
+    prediction: SlidePrediction,
+    filtering: Filtering,
+    scorer: Scorer,
+    parts: Iterator[tuple[np.ndarray, np.ndarray]],
+) -> dict[str, float | None]:
+    """What Scorer.update does with filtered classes, for a slide in parts: nothing is counted when one fails."""
+    name, size = prediction.pair.name, (prediction.picture.height, prediction.picture.width)
+    layers = [Layer(each, *size, 1, np.uint8, "nearest", pyramid=False) for each in ("classes", "truth")]
+    unfiltered, filtered = _empty_copy(scorer), _empty_copy(scorer)
+    job = open_job(filtering.folder, uuid4().hex, layers)  # what a killed run left there is of no use
+    try:
+        unfiltered.update_parts(name, _spooled(parts, job, scorer.threshold))
+        bands = filter_bands(lambda: job.bands("classes"), filtering.filters)
+        for pred, mask in pair_rows(bands(), job.bands("truth")):
+            filtered.update_pred(name, pred, mask)
+    finally:
+        job.remove()
+    filtered.names, filtered.image_counts = [name], [np.sum(filtered.image_counts, axis=0)]
+    filtered.histogram = unfiltered.histogram
+    scorer.merge(filtered)
+    return {key: value for key, value in filtered.rows()[0].items() if key != "name"}
+
+
+def _empty_copy(scorer: Scorer) -> Scorer:
+    """A scorer of the same kind that has counted nothing."""
+    return Scorer(
+        scorer.class_names,
+        binary=scorer.binary,
+        threshold=scorer.threshold,
+        empty=scorer.empty,
+        has_background=scorer.has_background,
+    )
+
+
+def _spooled(
+    parts: Iterator[tuple[np.ndarray, np.ndarray]], job: Job, threshold: float
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Hand on the bands of a slide, and keep their classes and truth."""
+    for probs, mask in parts:
+        job.append({"classes": decide(probs, threshold), "truth": mask})
+        yield probs, mask
+
+
+def pair_rows(
+    bands: Iterable[tuple[int, np.ndarray]], others: Iterable[tuple[int, np.ndarray]]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The same rows of two rasters (h, W) whose bands end at different rows, a part at a time."""
+    left = iter(others)
+    rest: np.ndarray | None = None
+    for _, band in bands:
+        while len(band):
+            if rest is None or not len(rest):
+                rest = next(left)[1]
+            count = min(len(band), len(rest))
+            yield band[:count], rest[:count]
+            band, rest = band[count:], rest[count:]  # what is left of them
 
 
 class LossSums:

@@ -251,8 +251,6 @@ def validate(
     extra = ExtraScores(args.objects, args.cldice)
     filters = filters_of(args)
     data = EvaluationSet(listing.pairs, ClassMap.from_config(config), config, with_images=outputs.plots)
-    if any(data.slides) and filters != type(filters)():
-        raise cli.UsageError("the objects of slides are not filtered here; predict.py writes filtered masks of slides")
     predictions = trainer.predict_samples(forward, data, workers=args.workers, description="predicting")
     seen = write_outputs(predictions, config, outputs, threshold, extra, filters)
     result = trainer.evaluate(seen, scorer, keep_worst=args.worst)
@@ -278,13 +276,16 @@ def write_outputs(
 ) -> Iterator[Prediction | SlidePrediction]:
     """Decide and filter, write masks, probabilities and plots of each prediction as it passes."""
     from outputs import decide, write_plot, write_prediction
-    from postprocess import filter_mask
-    from slide_scoring import SlidePrediction
+    from postprocess import Filters, filter_mask
+    from slide_scoring import Filtering, SlidePrediction
     from trainer import build_scorer
 
     for prediction in predictions:
         if isinstance(prediction, SlidePrediction):
-            yield replace(prediction, bands=write_slide(prediction, config, outputs, threshold))
+            bands = write_slide(prediction, config, outputs, threshold, filters)
+            waiting = outputs.folder / f".{prediction.pair.name}.scoring"  # not in /tmp, which may be memory
+            filtering = None if filters == Filters() else Filtering(filters, waiting)
+            yield replace(prediction, bands=bands, filtering=filtering)
             for message in prediction.picture.damage:
                 print(f"warning: {message}; its pixels do not count")
             continue
@@ -302,7 +303,7 @@ def write_outputs(
 
 
 def write_slide(
-    prediction: SlidePrediction, config: ModelConfig, outputs: Outputs, threshold: float
+    prediction: SlidePrediction, config: ModelConfig, outputs: Outputs, threshold: float, filters: Filters
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray | None]]:
     """Hand on the bands of a slide and write what predict.py would: mask, probabilities (--raw), overlay (--plots)."""
     import shutil
@@ -320,7 +321,8 @@ def write_slide(
     mpp = None if slide.mpp_xy is None else (slide.mpp_xy[0] * scale, slide.mpp_xy[1] * scale)
     frame = Frame(name, picture.height, picture.width, scale, mpp, slide.geo)
     shutil.rmtree(outputs.folder / f".{name}.partial", ignore_errors=True)  # of a run that was killed
-    with Results(frame, config, ResultOptions(outputs.folder, kinds, threshold=threshold), "validation") as results:
+    options = ResultOptions(outputs.folder, kinds, threshold=threshold, filters=filters)
+    with Results(frame, config, options, "validation") as results:
         for band in prediction.bands:
             results.add(band[1])
             yield band
