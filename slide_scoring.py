@@ -89,13 +89,13 @@ def predict_slide(
                 picture, forward, plan, tiles, count=lambda pixels: bar.update(pixels / 1e6) and None
             )
             try:
-                yield SlidePrediction(pair, picture, plan, _with_truth(probs, picture, slide, classes))
+                yield SlidePrediction(pair, picture, plan, _with_truth(probs, picture, slide, classes, plan))
             finally:
                 probs.close()
 
 
 def _with_truth(
-    bands: Iterator[tuple[int, np.ndarray]], picture: Picture, slide: SlidePair, classes: ClassMap
+    bands: Iterator[tuple[int, np.ndarray]], picture: Picture, slide: SlidePair, classes: ClassMap, plan: Plan
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray | None]]:
     for top, probs in bands:
         mask, height = None, probs.shape[1]
@@ -105,10 +105,25 @@ def _with_truth(
             outside = slide.outside(*window)
             if outside is not None:
                 mask[outside] = IGNORE_INDEX
-            valid = picture.valid(top, height)
-            if valid is not None:
-                mask[~valid] = IGNORE_INDEX
+            for left, right in columns_read(plan, top, height):
+                valid = picture.valid(top, height, left, right - left)
+                if valid is not None:
+                    mask[:, left:right][~valid] = IGNORE_INDEX
         yield top, probs, mask
+
+
+def columns_read(plan: Plan, top: int, height: int) -> list[tuple[int, int]]:
+    """The columns, first and end, that the network sees of some rows; others need no decoding to be background."""
+    rows, cols = plan.rows, plan.cols
+    if plan.keep is None:
+        return [(0, cols.size)]
+    begin = np.array(rows.origins)
+    kept = plan.keep[(begin < top + height) & (begin + rows.tile > top)].any(axis=0)
+    seen = np.zeros(cols.size + 2, bool)
+    for place in np.flatnonzero(kept):
+        seen[1 + cols.origins[place] : 1 + min(cols.origins[place] + cols.tile, cols.size)] = True
+    edges = np.flatnonzero(seen[1:] != seen[:-1]).tolist()
+    return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import json
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,9 @@ from tiny_runs import write_checkpoint
 
 import predict
 import results
+import slide_sources
 import validate
+from backends import load_forward
 from checkpoint import Geometry
 from classes import ClassMap
 from image_io import IGNORE_INDEX, read_mask
@@ -23,8 +26,10 @@ from metrics import Scorer
 from outputs import decide
 from pairing import Pair
 from postprocess import Filters, filter_mask
-from slide_scoring import Filtering, SlidePrediction, pair_rows, score_slide
+from predictor import Plan
+from slide_scoring import Filtering, SlidePrediction, columns_read, pair_rows, predict_slide, score_slide
 from slide_writer import Layer, open_job
+from tiling import plan_axis
 
 NAMES = ("background", "one", "two", "three")
 CASES = (
@@ -188,3 +193,50 @@ def test_filtered_scores_are_those_of_predicted_files(tmp_path, monkeypatch, cla
         ".csv",
         ".json",
     }
+
+
+def test_pixels_without_tissue_count_and_are_not_decoded(tmp_path, monkeypatch):
+    image, mask = np.full((1024, 1536, 3), 240, np.uint8), np.zeros((1024, 1536), np.uint8)
+    image[200:300, 700:900] = (150, 60, 160)
+    mask[220:260, 750:800] = mask[900:910, 10:20] = 1
+    pair = Pair(
+        "s", write_slide(tmp_path / "s.svs", image, levels=3, tile=(64, 64)), write_mask_tiff(tmp_path / "m.tif", mask)
+    )
+    config = network(tmp_path)
+    monkeypatch.setattr("tissue.THUMBNAIL_SIDE", 384)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    load, decoded = slide_sources._TiffLevel.load, []
+
+    def counted(level, row, column):
+        if level.index == 0:
+            decoded.append((row, column))
+        return load(level, row, column)
+
+    monkeypatch.setattr(slide_sources._TiffLevel, "load", counted)
+    _, forward, _ = load_forward(tmp_path / "run.pth", "cpu", backend="torch")
+    with predict_slide(forward, pair, ClassMap.from_config(config), config) as prediction:
+        tops, probs, masks = zip(*[(top, p.copy(), m) for top, p, m in prediction.bands], strict=True)
+    np.testing.assert_array_equal(np.concatenate(masks), mask)
+    outside = ~prediction.plan.tissue.rows(0, 1024).astype(bool)
+    assert (np.concatenate(probs, axis=1)[0][outside] == 0).all() and tops[0] == 0
+    image_tiles, mask_tiles = 16 * 24, 8 * 12  # those of the mask are of 128 pixels, and all of them count
+    assert 0 < len(set(decoded)) and len(decoded) < image_tiles / 3 + mask_tiles
+
+
+@given(st.integers(0, 10**6), st.integers(1, 260), st.integers(1, 340), st.floats(0, 1))
+def test_columns_are_those_of_the_tiles_that_are_predicted(seed, height, width, share):
+    rows, cols = (
+        plan_axis(size, tile=96, overlap=24, halo=6, stride=16, min_side=16, window="hann") for size in (height, width)
+    )
+    keep = np.random.default_rng(seed).random((len(rows.origins), len(cols.origins))) < share
+    seen = np.zeros((height, width), bool)
+    for row, col in zip(*np.nonzero(keep), strict=True):
+        seen[rows.origins[row] :, cols.origins[col] :][: rows.tile, : cols.tile] = True
+    plan = Plan(rows, cols, keep, None, height, width)
+    for top in range(0, height, 7):
+        inside = np.zeros(width, bool)
+        for left, right in columns_read(plan, top, 1):
+            assert 0 <= left < right <= width
+            inside[left:right] = True
+        np.testing.assert_array_equal(inside, seen[top])
+    assert columns_read(replace(plan, keep=None), 0, height) == [(0, width)]
