@@ -103,11 +103,22 @@ def main(argv: Sequence[str] | None = None) -> None:
             report(summary, args, path, folder)
         else:
             print(f"no gt/ or masks/ in {listing.folder}: predicted without metrics, threshold {threshold:g}")
-        print(f"results in {folder}")
+        if has_results(summary, outputs):
+            print(f"results in {folder}")
         for message in failures:
             print(f"failed: {message}")
     if failures:
         parser.exit(1, f"{parser.prog}: error: {len(failures)} findings, see the lines above; the rest is done\n")
+
+
+def has_results(summary: dict[str, Any] | None, outputs: Outputs) -> bool:
+    """Whether there is something to look at: a score, or files of the predictions."""
+    return is_scored(summary) or outputs.masks or outputs.binary or outputs.raw or outputs.plots
+
+
+def is_scored(summary: dict[str, Any] | None) -> bool:
+    """Whether a pixel counted: without masks none does, nor where the truth is 255 or nothing could be decoded."""
+    return summary is not None and summary["pixels"] > 0
 
 
 def with_overrides(config: ModelConfig, args: argparse.Namespace) -> ModelConfig:
@@ -262,7 +273,8 @@ def validate(
     elif args.baselines and config.num_logits == 1:
         summary["baselines"] = baselines.score_baselines(data, empty=args.empty)
     write_tables(outputs.folder, scorer, summary, args.decimal)
-    log_tensorboard(args, outputs.folder, summary, trainer.worst_panels(result.worst, config, threshold))
+    if is_scored(summary):
+        log_tensorboard(args, outputs.folder, summary, trainer.worst_panels(result.worst, config, threshold))
     return summary
 
 
@@ -423,7 +435,10 @@ def report(summary: dict[str, Any], args: argparse.Namespace, path: Path, folder
         print(f"clDice {score_text(summary['cldice'])}")
     text = json.dumps({"checkpoint": str(path), **summary}, indent=2, ensure_ascii=False) + "\n"
     write_text(args.metrics_json or folder / "_metrics.json", text)
-    print(f"tensorboard --logdir {shlex.quote(str(args.log_dir))}")
+    if is_scored(summary):
+        print(f"tensorboard --logdir {shlex.quote(str(args.log_dir))}")
+    else:
+        print("nothing is scored: no pixel counts; the masks are 255 throughout, or the images could not be decoded")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from discs import write_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from slides import draw_slide, write_mask_tiff, write_slide
@@ -20,7 +21,7 @@ import validate
 from backends import load_forward
 from checkpoint import Geometry
 from classes import ClassMap
-from image_io import IGNORE_INDEX, read_mask
+from image_io import IGNORE_INDEX, read_mask, write_mask
 from losses import build_loss
 from metrics import Scorer
 from outputs import decide
@@ -240,3 +241,26 @@ def test_columns_are_those_of_the_tiles_that_are_predicted(seed, height, width, 
             inside[left:right] = True
         np.testing.assert_array_equal(inside, seen[top])
     assert columns_read(replace(plan, keep=None), 0, height) == [(0, width)]
+
+
+@pytest.mark.parametrize("more", [("--com",), ()])
+def test_without_a_counted_pixel_no_scores_are_shown(tmp_path, monkeypatch, capsys, more):
+    monkeypatch.chdir(tmp_path)
+    root = write_dataset(tmp_path / "discs", train=1, val=2, sizes=((64, 80),))
+    for path in (root / "val" / "gt").iterdir():
+        write_mask(path, np.full((64, 80), 255, np.uint8))
+    network(tmp_path, tissue="none", ignore_label=255)
+    run(validate.main, "-d", root / "val", "-c", "run.pth", "-o", "out", *more)
+    said = capsys.readouterr().out
+    assert "nothing is scored: no pixel counts" in said and "tensorboard" not in said
+    assert ("results in" in said) == (not more) and not Path("logs").exists()
+
+
+def test_predictions_that_are_not_written_have_no_results(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_slide(tmp_path / "new" / "images" / "x.svs", draw_slide(8)[0])
+    network(tmp_path)
+    run(validate.main, "-d", "new", "-c", "run.pth", "-o", "out", "--com", "--min-area", 9)
+    said = capsys.readouterr().out
+    assert "predicted without metrics" in said and "results in" not in said
+    assert not Path("out").exists() and not Path("logs").exists()
