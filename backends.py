@@ -50,17 +50,35 @@ def torch_forward(model: nn.Module, device: str, activation: str = "auto", *, am
     @torch.inference_mode()
     def forward(batch: np.ndarray) -> np.ndarray:
         model.eval()
-        images = torch.from_numpy(batch).to(device).contiguous(memory_format=torch.channels_last)
         try:
+            images = _to_device(batch, device)
             with torch.autocast(kind, enabled=amp != "no", dtype=None if amp == "no" else PRECISIONS[amp]):
                 logits = model(images)
             with torch.autocast(kind, enabled=False):
-                probs = to_probabilities(logits, activation)
+                return _to_numpy(to_probabilities(logits, activation))
         except torch.cuda.OutOfMemoryError as error:
             raise RuntimeError(out_of_memory(batch.shape)) from error
-        return probs.contiguous().cpu().numpy()
 
     return forward
+
+
+def _to_device(batch: np.ndarray, device: str) -> torch.Tensor:
+    """A batch on the device, channels last; page-locked memory is what a GPU copies from fastest."""
+    images = torch.from_numpy(batch)
+    if torch.device(device).type == "cuda":
+        images = images.pin_memory()
+    return images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+
+
+def _to_numpy(probs: torch.Tensor) -> np.ndarray:
+    """Probabilities as an array of the CPU; the array owns its memory."""
+    probs = probs.contiguous()
+    if probs.device.type != "cuda":
+        return probs.cpu().numpy()
+    result = torch.empty(probs.shape, dtype=probs.dtype, pin_memory=True)
+    result.copy_(probs, non_blocking=True)
+    torch.cuda.current_stream(probs.device).synchronize()
+    return result.numpy()
 
 
 def load_network(path: Path) -> tuple[ModelConfig, nn.Module]:
@@ -225,7 +243,7 @@ def load_forward(
         device: cpu, cuda, cuda:N or mps.
         backend: torch, onnx (exports the checkpoint unless that was done before), or auto: on a CPU ONNX Runtime when
             an export of this checkpoint exists or when PyTorch would need longer than an export takes, else PyTorch.
-        megapixels: what there is to predict; auto exports nothing without it.
+        megapixels: what the network is to see: every tile, in every view; auto exports nothing without it.
         amp: precision inside autocast, for PyTorch on a GPU; see torch_forward.
 
     Returns:
@@ -289,12 +307,10 @@ def _load_exported(path: Path, digest: str, device: str) -> tuple[ModelConfig, F
 
 
 def seconds_for(forward: Forward, config: ModelConfig, megapixels: float) -> float:
-    """How long a network needs for so many megapixels of image, judged by one tile; 0 when they are too few to try."""
+    """How long a network needs to see so many megapixels, judged by one tile; 0 when they are too few to try."""
     geometry = config.geometry
     height, width = (geometry.tile, geometry.tile) if geometry.kind == "crops" else geometry.size
-    step = max(geometry.tile - geometry.overlap, 1)
-    again = (geometry.tile / step) ** 2 if geometry.kind == "crops" else 1  # how often a pixel is predicted
-    tiles = megapixels * 1e6 / (height * width) * again
+    tiles = megapixels * 1e6 / (height * width)
     if tiles <= FEW_TILES:
         return 0.0
     batch = np.zeros((1, len(config.channels), height, width), np.float32)

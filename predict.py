@@ -111,18 +111,23 @@ class Setup:
     """What is the same for all images of a run.
 
     digest: of the checkpoints' content and of every flag that changes a result, but not of the kinds of results, which
-    do not change one another. engine: what runs the networks; bits
-    differ between engines, so a slide that one began is not finished by another.
+    do not change one another.
     """
 
     configs: list["ModelConfig"]
-    forward: "Forward"
     read: "ReadOptions"
     tiles: "TileOptions"
     results: "ResultOptions"
     full_size: bool
     digest: str
-    engine: str
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What runs the networks; bits differ between engines, so a slide that one began is not finished by another."""
+
+    forward: "Forward"
+    name: str
 
 
 def run(args: argparse.Namespace) -> list[str]:
@@ -139,19 +144,23 @@ def run(args: argparse.Namespace) -> list[str]:
     configs = [load_config(path) for path in paths]
     check_ensemble(paths, configs)
     pairs, failures = find_pairs(args, configs[0])
-    setup = build_setup(args, paths, configs, pairs, device)
+    setup = build_setup(args, paths, configs, pairs)
     if args.dry_run:
-        return failures + estimate(setup, pairs)
+        return failures + estimate(setup, load_engine(setup, args, paths, pairs, device), pairs)
     done = finished_before(setup, pairs, overwrite=args.overwrite)
     for name in sorted(done):
         print(f"{name}: already done")
-    write_description(setup.results.folder, configs[0], setup.results.threshold)
-    made, failed = predict_all(setup, [pair for pair in pairs if pair.name not in done], args)
+    made, left = 0, [pair for pair in pairs if pair.name not in done]
+    if left:
+        engine = load_engine(setup, args, paths, left, device)
+        write_description(setup.results.folder, configs[0], setup.results.threshold)
+        made, failed = predict_all(setup, engine, left, args)
+        failures += failed
     if done or made:
         if "rle" in args.save:
             merge_run_lengths(setup.results.folder)
         print(f"results in {setup.results.folder}")
-    return failures + failed
+    return failures
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -215,11 +224,10 @@ def find_pairs(args: argparse.Namespace, config: "ModelConfig") -> tuple[list["P
 
 
 def build_setup(
-    args: argparse.Namespace, paths: Sequence[Path], configs: list["ModelConfig"], pairs: Sequence["Pair"], device: str
+    args: argparse.Namespace, paths: Sequence[Path], configs: list["ModelConfig"], pairs: Sequence["Pair"]
 ) -> Setup:
-    """Load the networks and turn flags into options; says which checkpoint, backend and device work."""
-    from backends import load_forward
-    from predictor import ReadOptions, TileOptions, geometry_from_flags, mean_of
+    """Turn flags into options; says what they change about the way of the checkpoint."""
+    from predictor import ReadOptions, TileOptions, geometry_from_flags
     from results import ResultOptions, filters_of
 
     config = configs[0]
@@ -234,18 +242,6 @@ def build_setup(
     configs = [replace(each, geometry=geometry) for each in configs]
     batch = args.batch or min(each.tile_batch for each in configs)
     tiles = replace(TileOptions.from_config(configs[0]), batch=batch, tissue=args.tissue, ahead=args.workers)
-    backend, work = args.backend, 0.0
-    if backend != "torch" and args.dry_run:  # an export is a file: it is used when it exists, and not made
-        backend = "auto"
-    elif backend == "auto" and device == "cpu":
-        work = megapixels(pairs) * len(paths)
-    amp = "no" if device == "cpu" or args.amp == "no" else args.amp or "fp16"
-    forwards, engine = [], [amp]
-    for path in paths:
-        each, forward, note = load_forward(path, device, backend=backend, megapixels=work or None, amp=amp)
-        forwards.append(forward)
-        engine.append(note.split(",")[0])
-        print(f"checkpoint {path}: {each.architecture} {each.encoder}, {each.geometry.kind}; {note}")
     folder = args.output_dir or default_output(paths[0], pairs, threshold)
     read = ReadOptions(args.reduce, args.level, args.mpp, args.max_decoded_gb, args.fill)
     results = ResultOptions(folder, args.save, args.format, threshold, filters_of(args), args.decimal, args.geo)
@@ -259,28 +255,64 @@ def build_setup(
         args.amp,
     ]
     content = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
-    return Setup(
-        configs,
-        mean_of(forwards, len(config.channels)),
-        read,
-        tiles,
-        results,
-        args.full_size,
-        hashlib.sha256(json.dumps([content, choices], default=str).encode()).hexdigest(),
-        " ".join(engine),
-    )
+    digest = hashlib.sha256(json.dumps([content, choices], default=str).encode()).hexdigest()
+    return Setup(configs, read, tiles, results, args.full_size, digest)
 
 
-def megapixels(pairs: Sequence["Pair"]) -> float:
-    """Size of the files together, to tell whether preparing a faster network pays; no more of it than tells."""
-    from predictor import count_pixels
+def load_engine(
+    setup: Setup, args: argparse.Namespace, paths: Sequence[Path], pairs: Sequence["Pair"], device: str
+) -> Engine:
+    """Load the networks for these images; says which checkpoint, backend and device work."""
+    from backends import load_forward
+    from predictor import mean_of
 
+    backend, work = args.backend, 0.0
+    if backend != "torch" and args.dry_run:  # an export is a file: it is used when it exists, and not made
+        backend = "auto"
+    elif backend == "auto" and device == "cpu":
+        work = sum_megapixels(setup, pairs)
+    amp = "no" if device == "cpu" or args.amp == "no" else args.amp or "fp16"
+    forwards, names = [], [amp]
+    for path in paths:
+        config, forward, note = load_forward(path, device, backend=backend, megapixels=work or None, amp=amp)
+        forwards.append(forward)
+        names.append(note.split(",")[0])
+        print(f"checkpoint {path}: {config.architecture} {config.encoder}, {config.geometry.kind}; {note}")
+    return Engine(mean_of(forwards, len(setup.configs[0].channels)), " ".join(names))
+
+
+def sum_megapixels(setup: Setup, pairs: Sequence["Pair"]) -> float:
+    """What a network will see, to tell whether preparing a faster one pays; no more of it than tells."""
     total = 0.0
     for pair in pairs:
-        total += count_pixels(pair.image) / 1e6
+        total += pixels_seen(setup, pair) / 1e6
         if total > ENOUGH_MEGAPIXELS:
             break
     return total
+
+
+def pixels_seen(setup: Setup, pair: "Pair") -> float:
+    """Pixels of all views of all tiles of an image; 0 when it cannot be read, which is said when its turn comes.
+
+    Pictures that must be decoded to be planned are judged by the size in their headers.
+    """
+    from predictor import PILLOW_SUFFIXES, Picture, count_pixels, plan_picture
+    from tiling import TTA
+
+    config, options = setup.configs[0], tiles_for(setup, pair)
+    geometry = config.geometry
+    if geometry.kind == "resize":
+        return geometry.size[0] * geometry.size[1]
+    views = len(TTA[options.tta])
+    if config.preprocess or (pair.image.suffix.lower() in PILLOW_SUFFIXES and not options.tissue):
+        again = (options.tile / (options.tile - options.overlap)) ** 2
+        return count_pixels(pair.image) / (setup.read.reduce or geometry.reduction) ** 2 * again * views
+    try:
+        with Picture(pair, setup.configs, setup.read) as picture:
+            plan = plan_picture(picture, options)
+    except (OSError, ValueError, RuntimeError):
+        return 0
+    return plan.tiles * plan.rows.tile * plan.cols.tile * views
 
 
 def default_output(path: Path, pairs: Sequence["Pair"], threshold: float) -> Path:
@@ -323,7 +355,9 @@ def finished_before(setup: Setup, pairs: Sequence["Pair"], *, overwrite: bool) -
 # Prediction
 
 
-def predict_all(setup: Setup, pairs: Sequence["Pair"], args: argparse.Namespace) -> tuple[int, list[str]]:
+def predict_all(
+    setup: Setup, engine: Engine, pairs: Sequence["Pair"], args: argparse.Namespace
+) -> tuple[int, list[str]]:
     """Predict image after image; a full disk ends the run.
 
     Returns:
@@ -336,7 +370,7 @@ def predict_all(setup: Setup, pairs: Sequence["Pair"], args: argparse.Namespace)
     with ExitStack() as stack:
         for number, pair in enumerate(pairs):
             try:
-                panel, damage = predict_one(setup, pair, with_picture=number < args.thumbnails)
+                panel, damage = predict_one(setup, engine, pair, with_picture=number < args.thumbnails)
                 made += 1
                 failures += damage
                 if panel is not None:
@@ -371,7 +405,9 @@ def open_writer(args: argparse.Namespace, folder: Path) -> Any:
     return SummaryWriter(str(args.log_dir / (args.exp_name or f"predict_{whole.parent.name}_{whole.name}")))
 
 
-def predict_one(setup: Setup, pair: "Pair", *, with_picture: bool) -> tuple["np.ndarray | None", list[str]]:
+def predict_one(
+    setup: Setup, engine: Engine, pair: "Pair", *, with_picture: bool
+) -> tuple["np.ndarray | None", list[str]]:
     """Predict one image and write its results.
 
     Returns:
@@ -394,9 +430,9 @@ def predict_one(setup: Setup, pair: "Pair", *, with_picture: bool) -> tuple["np.
         if "rle" in kinds and frame.scale != 1:
             print(f"warning: {pair.name}: run lengths are on the grid read, not the slide's own pixels (--full-size)")
         check_disk(frame, setup)
-        with Results(frame, setup.configs[0], setup.results, f"{digest} {setup.engine}") as results:
+        with Results(frame, setup.configs[0], setup.results, f"{digest} {engine.name}") as results:
             begin_record(folder, pair.name, digest, kinds, {"scale": frame.scale, "mpp": frame.mpp})
-            megapixel = fill_rows(setup, picture, plan, results)
+            megapixel = fill_rows(setup, engine, picture, plan, results)
             summary = results.finish(
                 lambda step: thumbnail(picture.slide, frame.height, frame.width, step), with_picture=with_picture
             )
@@ -419,7 +455,7 @@ def tiles_for(setup: Setup, pair: "Pair") -> "TileOptions":
     return replace(setup.tiles, tissue="" if rule == "none" else rule)
 
 
-def fill_rows(setup: Setup, picture: "Picture", plan: "Plan", results: "Results") -> float:
+def fill_rows(setup: Setup, engine: Engine, picture: "Picture", plan: "Plan", results: "Results") -> float:
     """Run the network over the rows that are missing; return their megapixels of the grid."""
     from predictor import predict_picture
 
@@ -429,7 +465,7 @@ def fill_rows(setup: Setup, picture: "Picture", plan: "Plan", results: "Results"
     if first < height:
         with (
             progress(name, picture, first * picture.height // height) as count,
-            closing(predict_picture(picture, setup.forward, plan, setup.tiles, first_row=first, count=count)) as bands,
+            closing(predict_picture(picture, engine.forward, plan, setup.tiles, first_row=first, count=count)) as bands,
         ):
             for _, probs in bands:
                 results.note_damage(picture.damage)  # before the rows count, for they are not read again
@@ -493,12 +529,12 @@ def check_disk(frame: "Frame", setup: Setup) -> None:
         )
 
 
-def estimate(setup: Setup, pairs: Sequence["Pair"]) -> list[str]:
+def estimate(setup: Setup, engine: Engine, pairs: Sequence["Pair"]) -> list[str]:
     """Print windows, memory, disk and expected time of every image, and predict nothing."""
     from predictor import Picture, memory_needed, plan_picture
     from results import disk_needed
 
-    failures, seconds, total = [], tile_seconds(setup), 0.0
+    failures, seconds, total = [], tile_seconds(setup, engine), 0.0
     print(f"{'image':30} {'pixels':>15} {'windows':>9} {'memory':>9} {'disk':>9} {'at most':>9} {'time':>9}")
     for pair in pairs:
         try:
@@ -516,7 +552,7 @@ def estimate(setup: Setup, pairs: Sequence["Pair"]) -> list[str]:
             f"{pair.name[:30]:30} {frame.height:>7}x{frame.width:<7} {windows:>9} {memory / 1e9:>6.2f} GB "
             f"{likely / 1e9:>6.2f} GB {most / 1e9:>6.2f} GB {spell_time(windows * seconds):>9}"
         )
-    if "PyTorch on cpu" in setup.engine:
+    if "PyTorch on cpu" in engine.name:
         print("timed with PyTorch; unless --backend torch, the run may prepare ONNX Runtime, 3 to 4 times faster")
     free = shutil.disk_usage(existing_parent(setup.results.folder)).free
     count = f"{len(pairs)} image{'s' if len(pairs) > 1 else ''}"
@@ -524,7 +560,7 @@ def estimate(setup: Setup, pairs: Sequence["Pair"]) -> list[str]:
     return failures
 
 
-def tile_seconds(setup: Setup) -> float:
+def tile_seconds(setup: Setup, engine: Engine) -> float:
     """Seconds that one tile takes, measured on random pixels after a warm-up."""
     import numpy as np
 
@@ -534,10 +570,10 @@ def tile_seconds(setup: Setup) -> float:
     size = config.geometry.size if config.geometry.kind == "resize" else (options.tile, options.tile)
     channels = len(config.channels) * len(setup.configs)
     batch = np.random.default_rng(0).normal(size=(options.batch, channels, *size)).astype(np.float32)
-    setup.forward(batch)
+    engine.forward(batch)
     begin = time.perf_counter()
     for _ in range(2):
-        setup.forward(batch)
+        engine.forward(batch)
     return (time.perf_counter() - begin) / 2 / options.batch * len(TTA[options.tta])
 
 

@@ -812,6 +812,75 @@ def test_onnx_gives_nearly_the_same(tmp_path, run):
     assert np.abs(one - other).max() <= 20
 
 
+def judged_and_seen(monkeypatch, run, image, out, *how):
+    """Megapixels by which --backend auto judges the work, and those that the network sees."""
+    import backends
+
+    original, judged, seen = backends.load_forward, [], []
+
+    def load(*words, **keywords):
+        judged.append(keywords["megapixels"])
+        config, forward, note = original(*words, **keywords)
+
+        def counted(batch):
+            seen.append(batch[:, 0].size / 1e6)
+            return forward(batch)
+
+        return config, counted, note
+
+    monkeypatch.setattr(backends, "load_forward", load)
+    words = ["-cd", run, "-i", image, "-o", out, "--cpu", "--thumbnails", 0, "--overwrite", *how]
+    predict.main([str(word) for word in words])
+    monkeypatch.setattr(backends, "load_forward", original)
+    return judged, sum(seen)
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["", "--reduce 3", "--level 1", "--mpp 1.3", "--tissue saturation", "--tta flips", "--tile-size 128 --overlap 0.5"],
+)
+def test_auto_judges_the_work_by_what_is_computed(tmp_path, run, monkeypatch, how):
+    pixels = np.full((600, 800, 3), 240, np.uint8)
+    pixels[100:300, 300:600] = blobs(200, 300) // 2 + np.array([100, 0, 100], np.uint8)
+    quarter = {"resolution": (2e4, 2e4), "resolutionunit": "CENTIMETER", "tile": (64, 64), "photometric": "rgb"}
+    with tifffile.TiffWriter(tmp_path / "a.tif") as tif:
+        tif.write(pixels, metadata=None, **quarter)
+        tif.write(pixels[::2, ::2], metadata=None, subfiletype=1, **quarter)
+    judged, seen = judged_and_seen(monkeypatch, run, tmp_path / "a.tif", tmp_path / "out", *how.split())
+    assert judged == [pytest.approx(seen)]
+    save(tmp_path / "b.png", pixels)
+    if not {"--level", "--mpp"} & set(how.split()):
+        judged, seen = judged_and_seen(monkeypatch, run, tmp_path / "b.png", tmp_path / "out", *how.split())
+        assert judged == [pytest.approx(seen, rel=0.15)], "from the header alone"
+
+
+def test_auto_judges_the_work_by_what_is_left(tmp_path, run, monkeypatch, capsys):
+    for name in "ab":
+        write_slide(tmp_path / "in" / f"{name}.tif", blobs(90, 80))
+    (tmp_path / "in" / "c.tif").write_bytes(b"II*\0rest")
+    how = ["-o", tmp_path / "out", "--cpu", "--thumbnails", 0, "--backend", "auto"]
+    predict.main([str(word) for word in ["-cd", run, "-i", tmp_path / "in" / "a.tif", *how]])
+    import backends
+
+    original, judged = backends.load_forward, []
+    monkeypatch.setattr(
+        backends, "load_forward", lambda *words, **keywords: (judged.append(keywords), original(*words, **keywords))[1]
+    )
+    for _ in range(2):
+        assert "c.tif" in stopped(1, capsys, "-cd", run, "-i", tmp_path / "in", *how)
+    (tmp_path / "in" / "c.tif").unlink()
+    predict.main([str(word) for word in ["-cd", run, "-i", tmp_path / "in", *how]])
+    assert "checkpoint" not in capsys.readouterr().out, "no network is loaded for what is done"
+    assert [each["megapixels"] for each in judged] == [4 * 64 * 64 / 1e6, None]
+
+
+def test_auto_judges_whole_image_networks_by_the_size_they_see(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path / "run" / "best.pth", geometry=Geometry("resize", (64, 96)))
+    image = write_slide(tmp_path / "a.tif", blobs(300, 330))
+    judged, seen = judged_and_seen(monkeypatch, tmp_path / "run", image, tmp_path / "out")
+    assert judged == [seen] == [64 * 96 / 1e6]
+
+
 # ---- tissue, pictures, privacy ----
 
 
