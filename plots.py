@@ -75,7 +75,9 @@ def to_display(image: np.ndarray) -> np.ndarray:
 
 
 def overlay(image: np.ndarray, mask: np.ndarray, colours: Sequence[Colour | None] | None = None) -> np.ndarray:
-    """Draw classes over an image: outline, translucent fill, and hatching where pixels are ignored.
+    """Draw classes over an image: translucent fill, outline, and hatching where pixels are ignored.
+
+    The outline lies inside the class, with a dark line of one pixel around it: one of the two shows on any picture.
 
     Args:
         image: (H, W) or (H, W, C), any type and range.
@@ -102,6 +104,8 @@ def _paint(shown: np.ndarray, mask: np.ndarray, colours: Sequence[Colour | None]
     covered, flat = drawn[mask], table[mask]
     result = _copy_where(shown, cv2.addWeighted(shown, 1 - FILL, flat, FILL, 0), covered)
     result = _copy_where(result, flat, covered & _inner_edge(mask, line))
+    around = cv2.dilate(covered.astype(np.uint8), cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))) > covered
+    result = _copy_where(result, np.full_like(result, INK), around & (mask != IGNORE_INDEX))
     return _hatch(result, mask == IGNORE_INDEX, line)
 
 

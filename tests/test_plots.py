@@ -26,10 +26,21 @@ def test_overlay_fills_outlines_and_leaves_the_rest():
     shown = plots.overlay(GREY, SQUARE)
     assert shown.shape == (40, 60, 3)
     assert shown.dtype == np.uint8
-    assert (shown[SQUARE == 0] == 100).all()
+    around = np.zeros_like(SQUARE)
+    around[9:31, 10:30] = around[10:30, 9:31] = 1
+    assert (shown[(SQUARE | around) == 0] == 100).all()
+    assert (shown[(around == 1) & (SQUARE == 0)] == plots.INK).all()
     assert count(shown, plots.PALETTE[0]) == 20 * 20 - 18 * 18  # the ring of outer pixels
     assert count(shown, solid(plots.FILL, plots.PALETTE[0], 100)) == 18 * 18
     assert (GREY == 100).all()  # the caller's image is left alone
+
+
+@pytest.mark.parametrize("backdrop", [(86, 180, 233), (0, 0, 0), (40, 20, 70), (255, 255, 255)])
+def test_an_outline_shows_on_any_picture(backdrop):
+    """Also on tissue as dark as its stain, and where the picture has the colour of the class."""
+    picture = np.broadcast_to(np.array(backdrop, np.uint8), (40, 60, 3)).copy()
+    difference = np.abs(plots.overlay(picture, SQUARE).astype(int) - picture).sum(axis=2)
+    assert (difference[9:11, 12:28].max(axis=0) > 250).all()
 
 
 def test_overlay_takes_colours_and_greys_ignored_pixels():
