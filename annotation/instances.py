@@ -433,32 +433,28 @@ def gap_mask(labels: np.ndarray, gap: int) -> np.ndarray:
     Returns:
         (H, W) uint8, 0 or 255.
     """
-    mask = (labels > 0).view(np.uint8) * np.uint8(255)
     if gap < 1 or not labels.any():
-        return mask
+        return cv2.compare(labels, 0, cv2.CMP_GT)
     areas = np.bincount(labels.reshape(-1))
     kind = np.uint16 if len(areas) < 65_535 else np.float32  # what OpenCV filters
     rank = np.zeros(len(areas), kind)
     rank[1 + np.argsort(areas[1:], kind="stable")] = np.arange(1, len(areas))
-    ranks = rank[labels]
-    last = kind(len(areas))
-    mask[_lowest_near(np.where(ranks > 0, ranks, last), (gap + 1) // 2) < ranks] = 0
+    rank[0] = len(areas)  # the background: above all
+    ranks = np.take(rank, labels, mode="clip")  # "clip" takes half the time of "raise"
+    lowest = cv2.erode(ranks, np.ones((2 * ((gap + 1) // 2) + 1,) * 2, np.uint8))
+    mask = cv2.compare(lowest, ranks, cv2.CMP_EQ)
     if gap > 1:
-        mask[(cv2.dilate(ranks, _square(gap // 2)) > ranks)] = 0
-    _keep_one_piece(mask, labels, len(areas))
+        rank[0] = 0
+        ranks = np.take(rank, labels, mode="clip")
+        highest = cv2.dilate(ranks, np.ones((2 * (gap // 2) + 1,) * 2, np.uint8))
+        mask[highest > ranks] = 0
+    mask[labels == 0] = 0
+    _keep_one_piece(mask, labels)
     _restore(mask, labels, areas)
     return mask
 
 
-def _square(radius: int) -> np.ndarray:
-    return np.ones((2 * radius + 1, 2 * radius + 1), np.uint8)
-
-
-def _lowest_near(ranks: np.ndarray, radius: int) -> np.ndarray:
-    return cv2.erode(ranks, _square(radius))
-
-
-def _keep_one_piece(mask: np.ndarray, labels: np.ndarray, count: int) -> None:
+def _keep_one_piece(mask: np.ndarray, labels: np.ndarray) -> None:
     """Of the pieces of one object clear all but the largest, in place; no two objects touch by more than corners."""
     number, pieces, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
     owner = np.zeros(number, np.int64)
@@ -475,14 +471,15 @@ def _keep_one_piece(mask: np.ndarray, labels: np.ndarray, count: int) -> None:
 def _restore(mask: np.ndarray, labels: np.ndarray, areas: np.ndarray) -> None:
     """Give objects that vanished from the mask one pixel each, and free it of neighbours, in place."""
     left = np.bincount(labels[mask > 0], minlength=len(areas))
-    gone = np.flatnonzero((left == 0) & (areas > 0))
-    if not len(gone):
+    gone = (left == 0) & (areas > 0)
+    gone[0] = False
+    if not gone.any():
         return
-    order = np.argsort(labels, axis=None, kind="stable")
-    starts = np.cumsum(areas) - areas
-    for label in gone.tolist():
-        places = order[starts[label] : starts[label] + areas[label]]
-        row, column = divmod(int(places[len(places) // 2]), labels.shape[1])
+    places = np.flatnonzero(gone[labels])
+    owners = labels.reshape(-1)[places]
+    for label in np.flatnonzero(gone).tolist():
+        own = places[owners == label]
+        row, column = divmod(int(own[len(own) // 2]), labels.shape[1])
         near = np.s_[max(0, row - 1) : row + 2, max(0, column - 1) : column + 2]
         others = np.unique(labels[near][(mask[near] > 0) & (labels[near] != label)])
         lost = [np.count_nonzero((mask[near] > 0) & (labels[near] == other)) for other in others.tolist()]
