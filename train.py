@@ -441,7 +441,7 @@ def say_changes(run_dir: Path, flags: dict[str, Any], saved: Any, config: Any, *
 
 
 def finish(args: argparse.Namespace, run: Any, val_set: Any, learner: Any, device: str) -> None:
-    """Score the best checkpoint on the validation set and print it, with the baselines if they were asked for."""
+    """Print the scores of the best checkpoint on the validation set, with the baselines if they were asked for."""
     import baselines
     import metrics
     import trainer
@@ -449,18 +449,20 @@ def finish(args: argparse.Namespace, run: Any, val_set: Any, learner: Any, devic
     from checkpoint import load_checkpoint
 
     config, saved = load_checkpoint(run.best_path)
-    network = learner.accelerator.unwrap_model(learner.model)
-    network.load_state_dict(saved["model_state_dict"])
-    forward = torch_forward(network, device)
-    predictions = trainer.predict_samples(forward, val_set, workers=args.workers)
-    result = trainer.evaluate(predictions, trainer.build_scorer(config, empty=args.empty))
+    summary = learner.best
+    if summary is None:  # an earlier run of the command came to the best epoch
+        network = learner.accelerator.unwrap_model(learner.model)
+        network.load_state_dict(saved["model_state_dict"])
+        forward = torch_forward(network, device)
+        predictions = trainer.predict_samples(forward, val_set, workers=args.workers)
+        summary = trainer.evaluate(predictions, trainer.build_scorer(config, empty=args.empty)).summary
     print(f"\nbest epoch {saved['epoch']} of {learner.progress.epoch}, {run.best_path}")
-    print(metrics.score_table(result.summary))
+    print(metrics.score_table(summary))
     if args.baselines and any(val_set.slides):
         print("baselines are left out: they need whole images, and there are slides")
     elif args.baselines and config.num_logits == 1:
         print(*baselines.baseline_lines(baselines.score_baselines(val_set, empty=args.empty)), sep="\n")
-    run.log_result(vars(args), {f"hparam/{key}": result.summary[key] for key in ("iou", "dice")})
+    run.log_result(vars(args), {f"hparam/{key}": summary[key] for key in ("iou", "dice")})
     run.close()
     print(f"tensorboard --logdir {shlex.quote(str(args.log_dir))}")
 

@@ -238,6 +238,7 @@ class Learner:
     schedule: Schedule
     accelerator: Accelerator
     progress: Progress = field(default_factory=Progress)
+    best: dict[str, Any] | None = None  # summary of the best epoch's scores; None when another process computed them
 
     @property
     def optimiser_name(self) -> str:
@@ -532,6 +533,7 @@ def note_epoch(learner: Learner, result: Evaluation, options: FitOptions) -> boo
     progress.epoch += 1
     if improved:
         progress.best, progress.best_epoch = score, progress.epoch
+        learner.best = result.summary
     learner.schedule.after_epoch(sign * score)
     return improved
 

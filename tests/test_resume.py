@@ -220,6 +220,25 @@ def test_a_complete_run_says_so(data, tmp_path, capsys):
         assert (tmp_path / "run" / name).read_bytes() == kept[name]
 
 
+def test_the_best_epoch_is_scored_once(data, tmp_path, capsys, monkeypatch):
+    import trainer
+
+    score, calls = trainer.predict_samples, []
+
+    def counted(*args, **keywords):
+        calls.append(1)
+        return score(*args, **keywords)
+
+    monkeypatch.setattr(trainer, "predict_samples", counted)
+    words = words_for(data, tmp_path, "run", epochs=2)
+    train.main(words)
+    known = capsys.readouterr().out.split("best epoch ")[1]
+    assert len(calls) == 2, "once an epoch, the best one is not scored again"
+    train.main(words)
+    assert len(calls) == 3, "nobody remembers what an earlier process counted"
+    assert capsys.readouterr().out.split("best epoch ")[1] == known
+
+
 @pytest.mark.parametrize(
     ("flags", "old", "new"),
     [
