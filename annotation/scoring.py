@@ -1,0 +1,394 @@
+"""How good drawn labels are: compared with masks or label maps that a person made, object by object and by pixel.
+
+Objects below a least area are left out on both sides before anything is counted. A mask has one value beside 0, such as
+255, and its 4-connected components are its objects; in a label map every value is one object.
+"""
+
+import argparse
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+import cli
+from image_io import ImageError, list_images, read_mask, write_text
+from object_metrics import OBJECT_IOUS, ObjectScores, object_scores
+from outputs import format_csv
+from pairing import MASK_DIRS
+
+KINDS = ("auto", "labels", "masks")
+LABEL_DIRS = ("labels", *MASK_DIRS)  # where references lie in a folder that holds none itself
+COLUMNS = (
+    *("image", "group", "images", "f1", "precision", "recall", "f1_mean", "dice", "predicted", "true", "count_error"),
+    *("mean_diameter_predicted", "mean_diameter_true", "diameter_distance"),
+)
+EVERY = "all"  # name of the row over everything
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """What labels are compared with, and how.
+
+    Attributes:
+        folder: references by stem, or a folder with labels/, gt/ or masks/; None: nothing is scored.
+        kind: labels (every value is one object), masks (objects are components), or auto: files of one value beside 0
+            are masks.
+        value: the mask value that is the object, the others are background; None: any but 0.
+        min_area: objects with fewer pixels are left out on both sides.
+        group_pattern: images whose stems agree in its first group get scores of their own.
+    """
+
+    folder: Path | None = None
+    kind: str = "auto"
+    value: int | None = None
+    min_area: int = 0
+    group_pattern: str | None = None
+
+
+def score_args(parser: argparse.ArgumentParser) -> None:
+    """Add what labels are compared with."""
+    group = parser.add_argument_group("scores against references")
+    group.add_argument("--against", type=Path, metavar="DIR", help="compare with masks or label maps of the same stems")
+    group.add_argument(
+        "--against-kind", choices=KINDS, default="auto", help="auto: files of one value beside 0 are masks"
+    )
+    group.add_argument(
+        "--against-value", type=cli.positive_int, metavar="N", help="of masks with several values, the object's"
+    )
+    group.add_argument(
+        "--score-min-area",
+        type=cli.natural,
+        default=0,
+        metavar="N",
+        help="objects of fewer pixels are left out on both sides",
+    )
+    group.add_argument(
+        "--group-pattern", metavar="REGEX", help="scores for each group of file names that agree in its first group"
+    )
+
+
+def options_from(args: argparse.Namespace) -> ScoreOptions:
+    """The options behind the flags of score_args.
+
+    Raises:
+        cli.UsageError: the pattern is not a regular expression, or a flag is given that needs --against.
+    """
+    if args.against is None and (args.against_kind != "auto" or args.against_value is not None):
+        raise cli.UsageError("--against-kind and --against-value say how references are read: give --against DIR too")
+    if args.against_kind == "labels" and args.against_value is not None:
+        raise cli.UsageError("--against-value picks a value of masks, in label maps every value is one object")
+    if args.group_pattern is not None:
+        try:
+            re.compile(args.group_pattern)
+        except re.error as error:
+            raise cli.UsageError(f"--group-pattern {args.group_pattern!r} is no regular expression: {error}") from error
+    return ScoreOptions(args.against, args.against_kind, args.against_value, args.score_min_area, args.group_pattern)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# References
+
+
+class References:
+    """Masks or label maps of a folder, by stem.
+
+    Attributes:
+        folder: where the files lie. files: stem to path.
+    """
+
+    def __init__(self, options: ScoreOptions) -> None:
+        if options.folder is None:
+            raise ValueError("no folder of references is given; expected one")
+        self.options = options
+        self.folder, self.files = _find_references(options.folder)
+
+    def __contains__(self, stem: str) -> bool:
+        return stem in self.files
+
+    def read(self, stem: str, shape: tuple[int, int] | None = None) -> np.ndarray:
+        """The objects of one image, (H, W) int32, without gaps in their numbers, small ones included.
+
+        Args:
+            shape: (height, width) that the image has.
+
+        Raises:
+            ImageError: unreadable, of another size than the image, or no mask though it was said to be one.
+        """
+        path = self.files[stem]
+        mask = read_mask(path)
+        if shape is not None and mask.shape != tuple(shape):
+            raise ImageError(
+                f"{path} is {mask.shape[0]}x{mask.shape[1]}, its image is {shape[0]}x{shape[1]}; expected the same "
+                "size: a reference is compared pixel by pixel"
+            )
+        return to_objects(mask, self.options.kind, self.options.value)
+
+    def missing(self, stems: Iterable[str]) -> list[str]:
+        """What has no partner, in words: images without a reference, and references without an image."""
+        stems = set(stems)
+        messages = []
+        for lack, what, where in (
+            (stems - self.files.keys(), "images have no reference in", self.folder),
+            (self.files.keys() - stems, "references have no image, from", self.folder),
+        ):
+            if lack:
+                of = len(stems) if "reference in" in what else len(self.files)
+                names = ", ".join(sorted(lack)[:5]) + (", ..." if len(lack) > 5 else "")
+                messages.append(f"{len(lack)} of {of} {what} {where}: {names}; files pair by stem")
+        return messages
+
+
+def _find_references(folder: Path) -> tuple[Path, dict[str, Path]]:
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder} does not exist; expected a folder with masks or label maps for --against")
+    tried = []
+    for place in (folder, *(folder / name for name in LABEL_DIRS)):
+        if place.is_dir() or place == folder:
+            files = list_images(place)
+            if files:
+                return place, files
+            tried.append(str(place))
+    raise FileNotFoundError(f"no masks in {' or '.join(tried)}; expected png or tif files with the stems of the images")
+
+
+def to_objects(mask: np.ndarray, kind: str = "auto", value: int | None = None) -> np.ndarray:
+    """Number the objects of a mask or a label map.
+
+    Args:
+        mask: (H, W) whole numbers, 0 is background. kind, value: see ScoreOptions.
+
+    Returns:
+        (H, W) int32, objects 1..n.
+    """
+    if value is not None:
+        return connected_objects(mask == value)
+    if kind == "masks":
+        return connected_objects(mask != 0)
+    values, numbers = np.unique(mask, return_inverse=True)
+    has_background = len(values) > 0 and values[0] == 0
+    count = len(values) - has_background
+    if kind == "auto" and count == 1:
+        return connected_objects(mask != 0)
+    return (numbers.reshape(mask.shape) + (0 if has_background else 1)).astype(np.int32)
+
+
+def connected_objects(mask: np.ndarray) -> np.ndarray:
+    """4-connected components of (H, W) bool as (H, W) int32, 1..n by their first pixels in reading order."""
+    return cv2.connectedComponents(mask.astype(np.uint8), connectivity=4, ltype=cv2.CV_32S)[1]
+
+
+def leave_out_small(labels: np.ndarray, min_area: int) -> np.ndarray:
+    """Labels (H, W) without the objects that have fewer than `min_area` pixels; numbers keep."""
+    if min_area <= 1 or labels.size == 0:
+        return labels
+    areas = np.bincount(labels.ravel())
+    return np.where(areas >= min_area, np.arange(len(areas)), 0).astype(labels.dtype)[labels]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scores
+
+
+@dataclass(frozen=True, eq=False)
+class LabelScores:
+    """How well label maps agree with references; add (+) those of several images before summary().
+
+    Attributes:
+        objects: see object_metrics.
+        shared, predicted_pixels, true_pixels: pixels of objects on both sides, on ours, on theirs.
+    """
+
+    objects: ObjectScores
+    shared: int
+    predicted_pixels: int
+    true_pixels: int
+
+    def __add__(self, other: "LabelScores") -> "LabelScores":
+        return LabelScores(
+            self.objects + other.objects,
+            self.shared + other.shared,
+            self.predicted_pixels + other.predicted_pixels,
+            self.true_pixels + other.true_pixels,
+        )
+
+    @property
+    def dice(self) -> float | None:
+        """Of the pixels of objects against the rest; None when neither side has any."""
+        total = self.predicted_pixels + self.true_pixels
+        return 2 * self.shared / total if total else None
+
+    def f1(self, limit: float | None = 0.5) -> float | None:
+        """F1 of objects at one limit of the IoU, or its mean over 0.5, 0.55, ... 0.95 (None); None without objects."""
+        total = len(self.objects.predicted_diameters) + len(self.objects.true_diameters)
+        if not total:
+            return None
+        matched = self.objects.matched
+        if limit is not None:
+            matched = matched[OBJECT_IOUS.index(round(100 * limit)) :][:1]
+        return float(2 * matched.mean() / total)
+
+    def summary(self) -> dict[str, Any]:
+        """JSON-able, None = undefined: that of the objects (see ObjectScores.summary), and dice.
+
+        `f1_50` stands beside f1, which is the mean over all limits.
+        """
+        return {"dice": self.dice, "f1_50": self.f1(), **self.objects.summary()}
+
+
+def score_labels(labels: np.ndarray, reference: np.ndarray, min_area: int = 0) -> LabelScores:
+    """Compare the labels of one image with its reference.
+
+    Args:
+        labels, reference: (H, W) integers, 0 is background, every other value is one object.
+        min_area: objects with fewer pixels are left out on both sides.
+
+    Raises:
+        ValueError: shapes differ, or values are not whole or negative.
+    """
+    labels, reference = leave_out_small(labels, min_area), leave_out_small(reference, min_area)
+    objects = object_scores(labels, reference)
+    ours, theirs = labels != 0, reference != 0
+    counts = (np.count_nonzero(side) for side in (ours & theirs, ours, theirs))
+    return LabelScores(objects, *(int(count) for count in counts))
+
+
+class ScoreBoard:
+    """Scores of images one by one, of groups and of everything.
+
+    Attributes:
+        images: name to (group or None, scores).
+    """
+
+    def __init__(self, group_pattern: str | None = None) -> None:
+        self.group_pattern = group_pattern
+        self.images: dict[str, tuple[str | None, LabelScores]] = {}
+
+    def add(self, stem: str, scores: LabelScores) -> None:
+        """Take the scores of an image.
+
+        Raises:
+            DatasetError: the pattern does not match its name.
+        """
+        from pairing import _group
+
+        group = None if self.group_pattern is None else _group(stem, self.group_pattern)
+        self.images[stem] = group, scores
+
+    @property
+    def groups(self) -> dict[str, LabelScores]:
+        """Sums over each group, in order of name; empty without a pattern."""
+        found: dict[str, LabelScores] = {}
+        for group, scores in self.images.values():
+            if group is not None:
+                found[group] = found[group] + scores if group in found else scores
+        return dict(sorted(found.items()))
+
+    @property
+    def total(self) -> LabelScores | None:
+        """The sum over everything; None without images."""
+        total = None
+        for _, scores in self.images.values():
+            total = scores if total is None else total + scores
+        return total
+
+    def summary(self) -> dict[str, Any]:
+        """JSON-able: `all` and `groups` as LabelScores.summary gives them, with the mean of images' F1 in each."""
+        if not self.images:
+            return {EVERY: None, "groups": {}}
+        parts = {EVERY: list(self.images.values())}
+        for name in self.groups:
+            parts[name] = [item for item in self.images.values() if item[0] == name]
+        means = {name: _mean(scores.f1() for _, scores in items) for name, items in parts.items()}
+        assert self.total is not None
+        groups = {name: {**scores.summary(), "f1_50_per_image": means[name]} for name, scores in self.groups.items()}
+        return {EVERY: {**self.total.summary(), "f1_50_per_image": means[EVERY]}, "groups": groups}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row of COLUMNS for each image, then for each group, then for everything."""
+        rows = [_row(stem, group, scores) for stem, (group, scores) in self.images.items()]
+        rows += [_row("", group, scores) for group, scores in self.groups.items()]
+        return rows + ([_row(EVERY, None, self.total)] if self.total else [])
+
+    def lines(self) -> list[str]:
+        """The scores of groups and of everything in words."""
+        named = {**self.groups, **({EVERY: self.total} if self.total else {})}
+        return [_spell(name, scores) for name, scores in named.items() if scores is not None]
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _row(image: str, group: str | None, scores: LabelScores) -> dict[str, Any]:
+    summary = scores.summary()
+    at = summary["at"][0]
+    return {
+        **{name: summary[name] for name in COLUMNS if name in summary},
+        "image": image,
+        "group": group,
+        "f1": at["f1"],
+        "precision": at["precision"],
+        "recall": at["recall"],
+        "f1_mean": summary["f1"],
+    }
+
+
+def _spell(name: str, scores: LabelScores) -> str:
+    summary = scores.summary()
+
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3f}"
+
+    words = (
+        f"{name}: F1@0.5 {number(summary['f1_50'])}, F1@0.5:0.95 {number(summary['f1'])}, "
+        f"Dice {number(summary['dice'])}, {summary['predicted']} objects for {summary['true']}"
+    )
+    if summary["mean_diameter_error"] is not None:
+        words += f", mean diameter {100 * summary['mean_diameter_error']:+.0f} %"
+    return f"{words} ({summary['images']} images)"
+
+
+def write_scores(folder: Path, board: ScoreBoard, decimal: str = "comma") -> Path:
+    """Write scores.csv into a folder: a row for each image, each group and everything."""
+    path = folder / "scores.csv"
+    write_text(path, format_csv(COLUMNS, board.rows(), decimal))
+    return path
+
+
+def score_files(
+    found: Mapping[str, Path], options: ScoreOptions, *, stems: Sequence[str] | None = None
+) -> tuple[ScoreBoard, list[str]]:
+    """Compare label maps on disk with references, one image at a time.
+
+    Args:
+        found: stem to label map. stems: images to compare; None: all of `found`.
+
+    Returns:
+        The scores, and what could not be compared: missing pairs and unreadable files.
+
+    Raises:
+        FileNotFoundError: there are no references.
+        ValueError: the group pattern does not match a name, or no image at all has a reference.
+    """
+    references = References(options)
+    wanted = list(found if stems is None else stems)
+    failures = references.missing(wanted)
+    both = [stem for stem in wanted if stem in references and stem in found]
+    if not both:
+        raise ValueError(
+            f"no image has a reference in {references.folder}: the images are {', '.join(sorted(wanted)[:3])}, the "
+            f"references {', '.join(sorted(references.files)[:3])}; files pair by stem"
+        )
+    board = ScoreBoard(options.group_pattern)
+    for stem in both:
+        try:
+            labels = read_mask(found[stem]).astype(np.int64)
+            board.add(stem, score_labels(labels, references.read(stem, labels.shape), options.min_area))
+        except (OSError, ImageError) as error:
+            failures.append(str(error))
+    return board, failures
