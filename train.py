@@ -451,7 +451,7 @@ def finish(args: argparse.Namespace, run: Any, val_set: Any, learner: Any, devic
     config, saved = load_checkpoint(run.best_path)
     summary = learner.best
     if summary is None:  # an earlier run of the command came to the best epoch
-        network = learner.accelerator.unwrap_model(learner.model)
+        network = learner.network
         network.load_state_dict(saved["model_state_dict"])
         forward = torch_forward(network, device)
         predictions = trainer.predict_samples(forward, val_set, workers=args.workers)

@@ -241,13 +241,19 @@ class Learner:
     best: dict[str, Any] | None = None  # summary of the best epoch's scores; None when another process computed them
 
     @property
+    def network(self) -> nn.Module:
+        """The network itself; Accelerate's autocast is taken off it, so that it is scored as validate.py scores it."""
+        return self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+
+    @property
     def optimiser_name(self) -> str:
         """PyTorch's name of the optimiser, which Accelerate wraps."""
         return type(getattr(self.optimiser, "optimizer", self.optimiser)).__name__
 
     def state(self) -> dict[str, Any]:
         """Everything but the weights, as plain types and tensors."""
-        scaler = self.accelerator.scaler
+        scaler, device = self.accelerator.scaler, self.accelerator.device
+        own = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []  # other GPUs are left alone
         return {
             "epoch": self.progress.epoch,
             "progress": asdict(self.progress),
@@ -256,12 +262,12 @@ class Learner:
             "optimizer_state_dict": self.optimiser.state_dict(),
             "scheduler_state_dict": self.schedule.state_dict(),
             "scaler_state_dict": scaler.state_dict() if scaler else {},
-            "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
+            "rng": {"cpu": torch.get_rng_state(), "cuda": own},
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Go back to a state that was saved."""
-        self.accelerator.unwrap_model(self.model).load_state_dict(saved["model_state_dict"])
+        self.network.load_state_dict(saved["model_state_dict"])
         options = [dict(group) for group in self.optimiser.param_groups]
         self.optimiser.load_state_dict(saved["optimizer_state_dict"])
         for group, wanted in zip(self.optimiser.param_groups, options, strict=True):
@@ -270,8 +276,8 @@ class Learner:
         if self.accelerator.scaler and saved["scaler_state_dict"]:
             self.accelerator.scaler.load_state_dict(saved["scaler_state_dict"])
         torch.set_rng_state(saved["rng"]["cpu"])
-        if saved["rng"]["cuda"] and torch.cuda.device_count() == len(saved["rng"]["cuda"]):
-            torch.cuda.set_rng_state_all(saved["rng"]["cuda"])
+        if saved["rng"]["cuda"] and self.accelerator.device.type == "cuda":
+            torch.cuda.set_rng_state(saved["rng"]["cuda"][0], self.accelerator.device)
         self.progress = Progress(**saved["progress"])
 
 
@@ -393,17 +399,17 @@ def _backward(
     """Forward and backward of one batch, which makes up `share` of the samples of its step."""
     accelerator, device = learner.accelerator, learner.accelerator.device
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
-    images = batch.images.to(device, non_blocking=True, memory_format=layout)
-    masks = batch.masks.to(device, non_blocking=True).long()
     try:
+        images = batch.images.to(device, non_blocking=True, memory_format=layout)
+        masks = batch.masks.to(device, non_blocking=True).long()
         with nullcontext() if last else accelerator.no_sync(learner.model):
             with accelerator.autocast():
                 logits = learner.model(images)
             value = loss(logits.float(), masks)
             accelerator.backward(value * share)
+        add_counts(counts, logits.detach(), masks)
     except torch.cuda.OutOfMemoryError as error:
         raise TrainingStopped(out_of_memory(tuple(batch.images.shape))) from error
-    add_counts(counts, logits.detach(), masks)
     return value.detach()
 
 
@@ -459,10 +465,11 @@ class _LossWatch:
 
     def check(self) -> None:
         """Stop at the first loss that is not finite."""
-        for value, names, step, lr in self.recent:
-            if not math.isfinite(value.item()):
+        values = torch.stack([value for value, *_ in self.recent]).tolist() if self.recent else []  # one wait for all
+        for value, (_, names, step, lr) in zip(values, self.recent, strict=True):
+            if not math.isfinite(value):
                 raise TrainingStopped(
-                    f"the loss became {value.item()} at step {step}, learning rate {lr:.3g}, "
+                    f"the loss became {value} at step {step}, learning rate {lr:.3g}, "
                     f"with the files {', '.join(sorted(set(names)))}. Lower -lr, add --clip 1, or look at these files; "
                     "the last finished epoch is kept and the same command goes on from it."
                 )
@@ -489,7 +496,7 @@ def fit(
         TrainingStopped: the loss is not finite, or the device is out of memory.
         OSError: a checkpoint could not be written; the previous one is whole.
     """
-    forward = torch_forward(learner.accelerator.unwrap_model(learner.model), str(learner.accelerator.device))
+    forward = torch_forward(learner.network, str(learner.accelerator.device))
     progress, main, workers = learner.progress, next(iter(val_sets)), batches.workers
     while not is_finished(progress, options):
         begin = time.perf_counter()
@@ -540,7 +547,7 @@ def note_epoch(learner: Learner, result: Evaluation, options: FitOptions) -> boo
 
 def save_epoch(learner: Learner, config: ModelConfig, run: RunFolder, improved: bool) -> None:
     """Save the best network if this one is it, then the whole state; a kill between the two repeats the epoch."""
-    progress, weights = learner.progress, learner.accelerator.unwrap_model(learner.model).state_dict()
+    progress, weights = learner.progress, learner.network.state_dict()
     if improved:
         save_checkpoint(run.best_path, config, weights, epoch=progress.epoch, max_score=progress.best)
     save_checkpoint(run.last_path, config, weights, **learner.state())

@@ -192,6 +192,21 @@ def test_memory_layout_is_a_choice():
         assert weight.is_contiguous(memory_format=torch.channels_last) == wanted
 
 
+def test_a_network_that_learns_in_half_precision_is_scored_in_float32():
+    network, image = make_network(), np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32)
+    expected = torch_forward(copy.deepcopy(network), "cpu")(image)
+    learner, _ = make_learner(network, amp="bf16")
+    np.testing.assert_array_equal(torch_forward(learner.network, "cpu")(image), expected)
+
+
+def test_training_on_a_cpu_leaves_the_gpus_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *_: pytest.fail("a GPU was started"))
+    learner, _ = make_learner(make_network())
+    saved = {"model_state_dict": learner.network.state_dict(), **learner.state()}
+    learner.restore(saved)
+    assert saved["rng"]["cuda"] == []
+
+
 def test_forward_does_not_depend_on_the_layout_of_weights():
     network = make_network()
     image = np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32)
