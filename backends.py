@@ -42,7 +42,7 @@ def torch_forward(model: nn.Module, device: str, activation: str = "auto", *, am
         A function from (N, C, h, w) float32 to probabilities (N, K, h, w) float32.
 
     Raises:
-        RuntimeError: the device is out of memory; the message names size and batch.
+        RuntimeError: the device is out of memory, the message names size and batch; or float16 is too narrow.
     """
     model.to(device)
     kind = torch.device(device).type
@@ -55,9 +55,15 @@ def torch_forward(model: nn.Module, device: str, activation: str = "auto", *, am
             with torch.autocast(kind, enabled=amp != "no", dtype=None if amp == "no" else PRECISIONS[amp]):
                 logits = model(images)
             with torch.autocast(kind, enabled=False):
-                return _to_numpy(to_probabilities(logits, activation))
+                probs = _to_numpy(to_probabilities(logits, activation))
         except torch.cuda.OutOfMemoryError as error:
             raise RuntimeError(out_of_memory(batch.shape)) from error
+        if amp == "fp16" and not np.isfinite(probs.sum()) and np.isfinite(batch).all():
+            raise RuntimeError(
+                "the network's numbers left the range of float16 (65504) and its probabilities became NaN; "
+                "expected a network that fits into it. Use --amp bf16, or --amp no"
+            )
+        return probs
 
     return forward
 
