@@ -259,9 +259,7 @@ def test_rows_are_those_of_regionprops(seed):
         if props.image.any(axis=0).sum() > 1 and props.image.any(axis=1).sum() > 1:
             assert row["solidity"] == pytest.approx(props.area / hull.sum(), rel=1e-5)
         if props.area > 60:
-            assert row["solidity"] == pytest.approx(
-                props.solidity, abs=1.2 / np.sqrt(props.area)
-            )  # theirs adds half a pixel
+            assert 0 <= row["solidity"] - props.solidity < 2 / np.sqrt(props.area)  # their hull is half a pixel wider
         assert row["mean_intensity"] == pytest.approx(np.mean(props.intensity_mean), rel=1e-5)
         assert row["score"] == pytest.approx(found.scores[props.label - 1]) and row["engine"].startswith("e")
 
