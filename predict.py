@@ -15,7 +15,6 @@ import hashlib
 import json
 import shlex
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -132,13 +131,11 @@ class Engine:
 
 def run(args: argparse.Namespace) -> list[str]:
     """Predict all images; return what went wrong."""
-    import cv2
+    cli.share_cores()
 
     from backends import load_config
     from result_record import merge_run_lengths, write_description
 
-    cv2.setNumThreads(1)  # the network has the cores; OpenCV's own threads would make it wait
-    sys.setswitchinterval(1e-4)  # reading, network and writing hand over to each other within a millisecond's work
     device = cli.pick_device(args.device, args.cpu)
     paths = find_checkpoints(args)
     configs = [load_config(path) for path in paths]

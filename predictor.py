@@ -428,7 +428,8 @@ def predict_picture(
         count: called with the number of pixels of the grid that were finished.
 
     Yields:
-        (first row, probabilities (K, h, plan.width) float32), background where there is no data or no tissue.
+        (first row, probabilities (K, h, plan.width) float32), background where there is no data or no tissue. The
+        array is overwritten once the next one is asked for.
     """
     config = picture.configs[0]
     same_size = not plan.full_size or picture.scale == 1
@@ -448,12 +449,12 @@ def predict_picture(
 def _native_bands(
     picture: Picture, forward: Forward, plan: Plan, options: TileOptions, first_row: int
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Bands (first row, (K, h, W) float32) of the grid, each an array of its own."""
+    """Bands (first row, (K, h, W) float32) of the grid; see predict_bands for how long they hold."""
     config = picture.configs[0]
     if config.geometry.kind == "resize":
         yield first_row, _predict_resized(picture, forward)[:, first_row:]
         return
-    bands = predict_bands(
+    yield from predict_bands(
         picture.read,
         forward,
         plan.rows,
@@ -464,9 +465,8 @@ def _native_bands(
         channels=config.num_logits,
         first_row=first_row,
         ahead=options.ahead if plan.tiles > options.batch else 0,
+        buffers=2,  # one is made while the caller has the other
     )
-    for top, band in bands:
-        yield top, band.copy()
 
 
 def _predict_resized(picture: Picture, forward: Forward) -> np.ndarray:

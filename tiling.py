@@ -100,7 +100,7 @@ def predict_tiled(  # noqa: PLR0913 - the geometry of a network is five numbers,
     return result
 
 
-def predict_bands(  # noqa: PLR0913 - the last four are for slides, an image in memory needs none of them
+def predict_bands(  # noqa: PLR0913 - the last five are for slides, an image in memory needs none of them
     read: Read,
     forward: Forward,
     rows: Axis,
@@ -112,6 +112,7 @@ def predict_bands(  # noqa: PLR0913 - the last four are for slides, an image in 
     channels: int = 0,
     first_row: int = 0,
     ahead: int = 0,
+    buffers: int = 1,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Predict an image that is read by windows; rows leave as soon as no later tile touches them.
 
@@ -127,10 +128,11 @@ def predict_bands(  # noqa: PLR0913 - the last four are for slides, an image in 
         channels: K, needed with `keep`, for there may be no tile to learn it from.
         first_row: rows above it are not wanted; tiles that touch none of the others are not predicted.
         ahead: batches that a thread of its own reads before they are asked for; 0 reads when they are.
+        buffers: a band is overwritten when this many more have been asked for.
 
     Yields:
-        (first row, probabilities (K, h, W) float32) from top to bottom, without the frame's padding. The array is
-        reused: copy it to keep it.
+        (first row, probabilities (K, h, W) float32) from top to bottom, without the frame's padding. The arrays are
+        reused: copy them to keep them.
 
     Raises:
         ValueError, RuntimeError: see predict_tiled.
@@ -147,7 +149,7 @@ def predict_bands(  # noqa: PLR0913 - the last four are for slides, an image in 
     found = forward_batches(batches, turned(forward, TTA[tta]), rows, cols)
     tiles = with_skipped(found, kept, first)
     with closing(batches):  # reading has ended when an error arrives: what is read may be closed next
-        for top, band in blend_bands(tiles, rows, cols, channels):
+        for top, band in blend_bands(tiles, rows, cols, channels, buffers):
             cut = min(max(first_row - top, 0), band.shape[1])
             if cut < band.shape[1]:
                 yield top + cut, band[:, cut:]
@@ -334,27 +336,33 @@ def check_probs(probs: np.ndarray, batch: np.ndarray, corners: list[tuple[int, i
         )
 
 
-def blend_bands(tiles: Iterable[Tile], rows: Axis, cols: Axis, channels: int = 0) -> Iterator[tuple[int, np.ndarray]]:
+def blend_bands(
+    tiles: Iterable[Tile], rows: Axis, cols: Axis, channels: int = 0, buffers: int = 1
+) -> Iterator[tuple[int, np.ndarray]]:
     """Blend tiles that arrive in reading order and let rows go as soon as no later tile touches them.
 
-    Memory holds one strip of a tile's height and the rows that strips share, whatever the height of the image.
+    Memory holds `buffers` strips of a tile's height and the rows that strips share, whatever the height of the image.
 
     Args:
         tiles: as forward_batches yields them, from the first tile of some row of tiles on; a tile without
             probabilities counts as 0.
         channels: K; 0 takes it from the first tile, which then has probabilities.
+        buffers: see predict_bands.
 
     Yields:
-        (first row, probabilities (K, h, W) float32) from top to bottom, without the frame's padding. The array is
-        reused: copy it to keep it.
+        (first row, probabilities (K, h, W) float32) from top to bottom, without the frame's padding.
     """
-    strip: np.ndarray | None = None  # (K, rows.tile, cols.frame), one row of tiles
+    strips: deque[np.ndarray] = deque()  # (K, rows.tile, cols.frame) each, one row of tiles; used in turns
     carry: np.ndarray | None = None  # (K, h, cols.frame), rows above that wait for this strip
     stops = (*rows.origins[1:], rows.frame)
     filled = 0  # columns of the strip that hold values of this row of tiles
     for row, col, probs in tiles:
-        if strip is None:
-            strip = np.empty((channels if probs is None else probs.shape[0], rows.tile, cols.frame), np.float32)
+        if len(strips) < buffers and col == 0:
+            count = channels if probs is None else probs.shape[0]
+            strips.append(np.empty((count, rows.tile, cols.frame), np.float32))
+        elif col == 0:
+            strips.rotate(-1)
+        strip = strips[-1]
         filled = _add_tile(strip, probs, cols.shares[col], cols.origins[col], filled)
         if col + 1 < len(cols.origins):
             continue

@@ -24,18 +24,20 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import tifffile
 from scipy.ndimage import gaussian_filter
 
 import cli
-from checkpoint import Geometry, ModelConfig
-from image_io import normalise
-from pairing import Pair
-from postprocess import Filters
-from predictor import Picture, ReadOptions, TileOptions, plan_picture, predict_picture
-from results import Frame, ResultOptions, Results
+
+cli.share_cores()  # as predict.py does, and like there before PyTorch is imported by what follows
+
+from checkpoint import Geometry, ModelConfig  # noqa: E402
+from image_io import normalise  # noqa: E402
+from pairing import Pair  # noqa: E402
+from postprocess import Filters  # noqa: E402
+from predictor import Picture, ReadOptions, TileOptions, plan_picture, predict_picture  # noqa: E402
+from results import Frame, ResultOptions, Results  # noqa: E402
 
 PERIOD, TILE = 2048, 512
 ALL_KINDS = ("mask", "prob", "labels", "geojson", "rle")
@@ -58,8 +60,6 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print a table."""
     args = cli.parse(build_parser(), argv)
-    cv2.setNumThreads(1)  # as predict.py does
-    sys.setswitchinterval(1e-4)
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         folder = args.folder or Path(scratch)
         {"peer": peer, "overhead": overhead, "memory": memory, "sizes": sizes, "one": one}[args.what](args, folder)

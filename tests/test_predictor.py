@@ -51,7 +51,8 @@ def predict(pair, configs, options=None, read=None, forward=sigmoid, **more):
     options = options or TileOptions(64, 16, 4, batch=3)
     with Picture(pair, configs, read or ReadOptions()) as picture:
         plan = plan_picture(picture, options, full_size=more.pop("full_size", False))
-        bands = list(predict_picture(picture, forward, plan, options, **more))
+        found = predict_picture(picture, forward, plan, options, **more)
+        bands = [(top, band.copy()) for top, band in found]
         tops = [top for top, _ in bands]
         assert tops == [tops[0] + sum(band.shape[1] for _, band in bands[:k]) for k in range(len(bands))]
         return np.concatenate([band for _, band in bands], axis=1), picture, plan

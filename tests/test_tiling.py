@@ -382,3 +382,19 @@ def test_run_ahead_stays_within_its_depth():
     for item in tiling.run_ahead(items(), 4):
         assert len(made) <= item + 1 + 4
     assert len(made) == 50
+
+
+@pytest.mark.parametrize("buffers", [1, 2, 3])
+def test_a_band_holds_until_as_many_more_as_there_are_buffers_were_asked_for(buffers):
+    image = random_image(120, 40)
+    axes = [
+        tiling.plan_axis(size, tile=32, overlap=8, halo=0, stride=1, min_side=1, window="hann") for size in (120, 40)
+    ]
+    bands = tiling.predict_bands(tiling.window_reader(image), sigmoid_of_pixels, *axes, batch_size=1, buffers=buffers)
+    held, overwritten = [], 0
+    for _, band in bands:
+        held.append((band, band.copy()))
+        for kept, content in held[-buffers:]:
+            np.testing.assert_array_equal(kept, content)
+        overwritten += sum(not np.array_equal(kept, content) for kept, content in held[:-buffers])
+    assert len(held) == 5 and overwritten
