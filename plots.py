@@ -8,7 +8,7 @@ import colorsys
 import io
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -366,6 +366,54 @@ def _draw_curves(lines: dict[str, list[tuple[int, float]]], label: str, best: in
     axes.spines[["top", "right"]].set_visible(False)
     if len(shown) > 1:
         axes.legend(frameon=False)
+    memory = io.BytesIO()
+    canvas.print_png(memory)
+    with atomic_write(path) as file:
+        file.write(memory.getvalue())
+    return path
+
+
+def time_curves(rows: Sequence[Mapping[str, Any]], title: str, unit: str, path: Path) -> Path:
+    """Draw how many objects a video shows over time, and how large they are.
+
+    Args:
+        rows: one for each frame, with seconds, objects, and diameter_median, diameter_p10 and diameter_p90 (None where
+            there is no object).
+        title: any letters.
+        unit: of the diameters.
+        path: PNG, written whole or not at all.
+
+    Raises:
+        ValueError: there are no rows.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    if not rows:
+        raise ValueError("no frames to plot: rows are empty")
+    figure = Figure(figsize=(8, 6), dpi=110, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    above, below = figure.subplots(2, 1, sharex=True)
+    seconds = [float(row["seconds"]) for row in rows]
+    names = ("objects", "diameter_median", "diameter_p10", "diameter_p90")
+    columns = {name: [math.nan if row[name] is None else float(row[name]) for row in rows] for name in names}
+    blue, orange = (np.array(PALETTE[index]) / 255 for index in (4, 5))
+    marker = "." if len(rows) < 40 else ""
+    above.plot(seconds, columns["objects"], color=blue, linewidth=1.6, marker=marker)
+    below.fill_between(
+        seconds, columns["diameter_p10"], columns["diameter_p90"], color=orange, alpha=0.2, label="10 to 90 %"
+    )
+    below.plot(seconds, columns["diameter_median"], color=orange, linewidth=1.6, marker=marker, label="median")
+    above.set_title(title, parse_math=False)
+    above.set(ylabel="objects")
+    above.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    below.set(xlabel="seconds", ylabel=f"equivalent diameter, {unit}")
+    below.legend(frameon=False)
+    for axes in (above, below):
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
     memory = io.BytesIO()
     canvas.print_png(memory)
     with atomic_write(path) as file:
