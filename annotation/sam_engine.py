@@ -247,9 +247,7 @@ class Sam:
         with torch.inference_mode(), _memory_errors("--device cpu"):
             features = self.network.encode(torch.from_numpy(square).to(self.network.device))
         if not all(bool(torch.isfinite(part).all()) for part in features):
-            raise RuntimeError(
-                f"{self.network.name}: the encoder gave numbers that are not finite; are its weights whole?"
-            )
+            raise RuntimeError(_not_finite(self.network.name, "encoder"))
         return features
 
     # ---- answers ----
@@ -348,9 +346,7 @@ class Sam:
             logits, ious = self.network.decode(encoding.features, given_boxes, given_points, given_labels, several)
             answers = logits.float().cpu().numpy(), ious.float().cpu().numpy()
         if not all(np.isfinite(part).all() for part in answers):
-            raise RuntimeError(
-                f"{self.network.name}: the decoder gave numbers that are not finite; are its weights whole?"
-            )
+            raise RuntimeError(_not_finite(self.network.name, "decoder"))
         return answers
 
     def _finish(self, image: np.ndarray, masks: list[Mask]) -> Instances:
