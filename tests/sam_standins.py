@@ -125,7 +125,12 @@ def build_tiny_transformers(kind, seed=0, side=128):
             num_pos_feats=16,
         )
         prompts = hub.SamPromptEncoderConfig(hidden_size=32, image_size=side)
-        return hub.SamModel(hub.SamConfig(vision, prompts, hub.SamMaskDecoderConfig(**decoder))).eval()
+        config = hub.SamConfig(
+            vision_config=vision,
+            prompt_encoder_config=prompts,
+            mask_decoder_config=hub.SamMaskDecoderConfig(**decoder),
+        )
+        return hub.SamModel(config).eval()
     backbone = hub.Sam2HieraDetConfig(
         hidden_size=8,
         image_size=[side, side],
