@@ -1,0 +1,405 @@
+"""Search for the parameters of engines on a few pictures with references.
+
+Random settings, most of each left as they are by default, are tried on crops; the best part goes on to whole pictures,
+the best of them to changed copies too (turned, brighter or darker, larger or smaller), for what is good on two pictures
+alone is often luck. The default setting is among those that reach the end.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+import cli
+from annotation.instances import Instances
+from annotation.scoring import score_labels
+from image_io import ImageError, write_text
+from outputs import format_csv
+
+Settings = dict[str, Any]  # name of a flag to its value; what is absent is as by default
+Range = tuple[float, float, str]  # lowest, highest, "log" or "linear"; of whole numbers when both ends are
+Space = Mapping[str, Sequence[Any] | Range]
+# Image (H, W, C), settings, and a dictionary that lives as long as the image: an engine keeps there what does not
+# change between settings, such as encodings, boxes or filtered pictures.
+Segment = Callable[[np.ndarray, Settings, dict[Any, Any]], Instances]
+
+OBJECTIVES = {"f1": 0.5, "mean_f1": None}
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """A picture with its reference.
+
+    Attributes:
+        image: (H, W, C) as image_io.read_image gives it. labels: (H, W) integers, 0 background.
+    """
+
+    name: str
+    image: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """How long and for what is searched.
+
+    Attributes:
+        images: how many pictures with references are used; 0: no tuning.
+        trials: settings that are tried, the default one included.
+        objective: f1 (at IoU 0.5) or mean_f1 (0.5 to 0.95), mean over pictures.
+        min_area: objects with fewer pixels are left out on both sides.
+        seed: of everything random.
+        keep: chance of each parameter to stay as it is by default.
+        halving: one in so many settings goes on from a rung to the next.
+    """
+
+    images: int = 0
+    trials: int = 64
+    objective: str = "f1"
+    min_area: int = 0
+    seed: int = 42
+    keep: float = 0.5
+    halving: int = 3
+
+    def __post_init__(self) -> None:
+        if self.trials < 1 or self.halving < 2 or not 0 <= self.keep < 1:
+            raise ValueError(
+                f"trials {self.trials}, halving {self.halving}, keep {self.keep}: expected at least 1, at least 2, and "
+                "a share from 0 to below 1"
+            )
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective is {self.objective!r}, expected one of {', '.join(OBJECTIVES)}")
+
+
+@dataclass
+class Trial:
+    """One setting and how it did.
+
+    Attributes:
+        number: 0 is the default. scores: of each rung, mean over its views; seconds: for an image, there.
+        failure: why it was given up.
+    """
+
+    number: int
+    settings: Settings
+    scores: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    failure: str = ""
+
+    @property
+    def last(self) -> float:
+        """The score on the last rung it reached; below everything when it failed."""
+        return -1.0 if self.failure or not self.scores else self.scores[-1]
+
+    @property
+    def rungs(self) -> int:
+        """Rungs it reached."""
+        return len(self.scores)
+
+
+@dataclass
+class Tuning:
+    """The result of a search.
+
+    Attributes:
+        best: the chosen setting; empty when nothing beat the default.
+        trials: all settings, in the order in which they were drawn.
+    """
+
+    best: Trial
+    trials: list[Trial]
+    objective: str
+
+    @property
+    def default(self) -> Trial:
+        """The setting without any change."""
+        return self.trials[0]
+
+
+def tune_args(parser: argparse.ArgumentParser) -> None:
+    """Add the search for parameters."""
+    group = parser.add_argument_group("tuning")
+    group.add_argument(
+        "--tune",
+        type=cli.natural,
+        default=0,
+        metavar="N",
+        help="search the engines' parameters on N images with references in --against, write tune.csv and tuned.json",
+    )
+    group.add_argument("--tune-trials", type=cli.positive_int, default=64, metavar="N", help="settings that are tried")
+    group.add_argument(
+        "--tune-for", choices=tuple(OBJECTIVES), default="f1", help="F1 at IoU 0.5, or its mean over 0.5 to 0.95"
+    )
+    group.add_argument("--tune-seed", type=cli.natural, default=42, metavar="N", help="seed of the search")
+
+
+def options_from(args: argparse.Namespace) -> TuneOptions:
+    """The options behind the flags of tune_args and scoring.score_args.
+
+    Raises:
+        cli.UsageError: there is nothing to compare with.
+    """
+    if args.tune and args.against is None:
+        raise cli.UsageError("--tune needs masks or label maps of the images: give --against DIR")
+    return TuneOptions(args.tune, args.tune_trials, args.tune_for, args.score_min_area, args.tune_seed)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings
+
+
+def draw_settings(space: Space, rng: np.random.Generator, keep: float) -> Settings:
+    """A random setting; each parameter is absent, as by default, with the chance `keep`, but never all of them."""
+    names = sorted(space)
+    changed = [name for name in names if rng.random() >= keep] or [names[int(rng.integers(len(names)))]]
+    return {name: draw_value(space[name], rng) for name in changed}
+
+
+def draw_value(space: Sequence[Any] | Range, rng: np.random.Generator) -> Any:
+    """A random value of one parameter.
+
+    Raises:
+        ValueError: a range whose ends or scale make no sense.
+    """
+    if not _is_range(space):
+        return space[int(rng.integers(len(space)))]
+    low, high, scale = space
+    if scale not in ("log", "linear") or not low <= high or (scale == "log" and low <= 0):
+        raise ValueError(f"range is {space}, expected (low, high, 'log' or 'linear') with low <= high, above 0 for log")
+    value = math.exp(rng.uniform(math.log(low), math.log(high))) if scale == "log" else rng.uniform(low, high)
+    if isinstance(low, int) and isinstance(high, int):
+        return min(max(round(value), low), high)
+    return min(max(float(f"{value:.3g}"), low), high)
+
+
+def _is_range(space: Sequence[Any] | Range) -> bool:
+    return isinstance(space, tuple) and len(space) == 3 and isinstance(space[2], str)
+
+
+def draw_trials(space: Space, options: TuneOptions) -> list[Trial]:
+    """The default setting and random ones, all different; fewer when the space has no more."""
+    rng = np.random.default_rng(options.seed)
+    trials, seen = [Trial(0, {})], {"{}"}
+    for _ in range(20 * options.trials if space else 0):
+        if len(trials) == options.trials:
+            break
+        settings = draw_settings(space, rng, options.keep)
+        key = json.dumps(settings, sort_keys=True, default=str)
+        if key not in seen:
+            seen.add(key)
+            trials.append(Trial(len(trials), settings))
+    return trials
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What settings are tried on
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """A picture, a part or a changed copy of one, with what engines keep for it."""
+
+    image: np.ndarray
+    labels: np.ndarray
+    cache: dict[Any, Any] = field(default_factory=dict)
+
+
+CROP_SHARE = 0.4  # of a picture's area, on the first rung
+SMALLEST_CROP = 128  # pixels along each side
+SCALES = (0.85, 1.2)  # of changed copies
+
+
+def make_rungs(samples: Sequence[Sample], seed: int) -> list[list[View]]:
+    """What settings are tried on, rung after rung: crops, whole pictures, and two changed copies of each.
+
+    The rungs share no picture: the score of the last rung a setting reached is the mean over all its views.
+    """
+    rng = np.random.default_rng(seed)
+    crops = [crop_view(sample, rng) for sample in samples]
+    wholes = [View(sample.image, sample.labels) for sample in samples]
+    copies = [change_view(view, scale, rng) for view in wholes for scale in SCALES]
+    return [crops, wholes, copies]
+
+
+def crop_view(sample: Sample, rng: np.random.Generator) -> View:
+    """A window of a picture that holds objects, if one of eight does."""
+    height, width = sample.labels.shape
+    rows, cols = (min(side, max(SMALLEST_CROP, round(side * CROP_SHARE**0.5))) for side in (height, width))
+    places = [(int(rng.integers(height - rows + 1)), int(rng.integers(width - cols + 1))) for _ in range(8)]
+    windows = [np.s_[top : top + rows, left : left + cols] for top, left in places]
+    window = max(windows, key=lambda window: len(np.unique(sample.labels[window])))
+    return View(np.ascontiguousarray(sample.image[window]), np.ascontiguousarray(sample.labels[window]))
+
+
+def change_view(view: View, scale: float, rng: np.random.Generator) -> View:
+    """A copy that is turned or mirrored, `scale` times as large, with other contrast and brightness."""
+    image, labels = view.image, view.labels
+    turns = int(rng.integers(4))
+    image, labels = np.rot90(image, turns), np.rot90(labels, turns)
+    if rng.random() < 0.5:
+        image, labels = image[:, ::-1], labels[:, ::-1]
+    size = tuple(max(1, round(side * scale)) for side in labels.shape[::-1])
+    channels = [np.ascontiguousarray(image[..., c]) for c in range(image.shape[2])]
+    scaled = np.stack([cv2.resize(c, size, interpolation=cv2.INTER_LINEAR) for c in channels], axis=-1)
+    numbers = np.ascontiguousarray(labels).astype(np.float64)  # OpenCV does not resize every type of whole numbers
+    objects = cv2.resize(numbers, size, interpolation=cv2.INTER_NEAREST).astype(np.int32)
+    return View(change_tones(scaled, rng.uniform(0.85, 1.15), rng.uniform(-0.05, 0.05)), objects)
+
+
+def change_tones(image: np.ndarray, gain: float, shift: float) -> np.ndarray:
+    """An image with its values spread by gain around their middle and moved by a share of their range."""
+    finite = image[np.isfinite(image)] if image.dtype.kind == "f" else image
+    if not finite.size:
+        return image
+    low, high = float(finite.min()), float(finite.max())
+    middle, span = (low + high) / 2, high - low
+    values = (image.astype(np.float64) - middle) * gain + middle + shift * span
+    if image.dtype.kind != "f":
+        info = np.iinfo(image.dtype)
+        values = np.clip(np.rint(values), info.min, info.max)
+    return values.astype(image.dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The search
+
+
+def tune(
+    segment: Segment,
+    space: Space,
+    samples: Sequence[Sample],
+    options: TuneOptions,
+    *,
+    tell: Callable[[str], None] | None = None,
+) -> Tuning:
+    """Search settings on pictures with references.
+
+    Args:
+        segment: the engine; see Segment. With the settings {} it is the default.
+        space: what may change, see Space.
+        samples: pictures with references.
+        tell: called with a line after each rung.
+
+    Returns:
+        The chosen setting and all that were tried. The same seed, pictures and engine give the same result.
+
+    Raises:
+        ValueError: no pictures, or the default setting fails.
+    """
+    if not samples:
+        raise ValueError("no pictures to tune on; expected at least one with a reference")
+    trials = draw_trials(space, options)
+    alive = trials
+    rungs = make_rungs(samples, options.seed)
+    for number, views in enumerate(rungs):
+        for trial in alive:
+            _try(trial, segment, views, options)
+        for view in views:
+            view.cache.clear()
+        if trials[0].failure:
+            raise ValueError(f"the default setting fails on the pictures to tune on: {trials[0].failure}")
+        if tell:
+            best = max(alive, key=lambda trial: trial.last)
+            tell(
+                f"rung {number + 1} of {len(rungs)}: {len(alive)} settings, best {best.last:.3f}, "
+                f"default {trials[0].last:.3f}"
+            )
+        alive = survivors(alive, options.halving) if number < len(rungs) - 1 else alive
+    return Tuning(choose(trials), trials, options.objective)
+
+
+def _try(trial: Trial, segment: Segment, views: Sequence[View], options: TuneOptions) -> None:
+    """Score a setting on the views of a rung."""
+    scores, begin = [], time.perf_counter()
+    try:
+        for view in views:
+            found = segment(view.image, trial.settings, view.cache)
+            score = score_labels(found.labels, view.labels, options.min_area).f1(OBJECTIVES[options.objective])
+            scores.append(1.0 if score is None else score)
+    except (ValueError, RuntimeError, cv2.error) as error:
+        trial.failure = str(error)
+        return
+    trial.seconds.append((time.perf_counter() - begin) / len(views))
+    trial.scores.append(sum(scores) / len(scores))
+
+
+def survivors(trials: Sequence[Trial], halving: int) -> list[Trial]:
+    """The best part of the settings, the default always among them, in their order."""
+    known = [trial for trial in trials if not trial.failure]
+    count = max(2, math.ceil(len(known) / halving))
+    best = sorted(known, key=lambda trial: (-trial.last, trial.number))[:count]
+    return [trial for trial in known if trial in best or trial.number == 0]
+
+
+def choose(trials: Sequence[Trial]) -> Trial:
+    """The setting to use: of those that reached the last rung the best over whole pictures and their copies.
+
+    It must not be below the default on the whole pictures themselves.
+    """
+    default = trials[0]
+    finalists = [t for t in trials if not t.failure and t.rungs == default.rungs]
+    able = [t for t in finalists if t.scores[1] >= default.scores[1]]
+    return max(able, key=lambda t: (t.scores[1] + t.scores[2], -t.number))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def write_tuning(folder: Path, tuning: Tuning, fixed: Mapping[str, Any] | None = None, decimal: str = "comma") -> Path:
+    """Write tune.csv, a row for each setting and rung, and tuned.json, which --settings loads.
+
+    Args:
+        fixed: flags that the search started from and that the settings file should hold too.
+
+    Returns:
+        The settings file.
+    """
+    names = sorted({name for trial in tuning.trials for name in trial.settings})
+    rows = [
+        {
+            "setting": trial.number,
+            "seconds": trial.seconds[rung] if rung < trial.rungs else None,
+            "rung": rung + 1,
+            tuning.objective: trial.scores[rung] if rung < trial.rungs else None,
+            "chosen": int(trial is tuning.best),
+            "failure": trial.failure if rung == trial.rungs else "",
+            **{name: trial.settings.get(name) for name in names},
+        }
+        for trial in tuning.trials
+        for rung in range(trial.rungs + bool(trial.failure))
+    ]
+    columns = ["setting", "seconds", "rung", tuning.objective, "chosen", "failure", *names]
+    write_text(folder / "tune.csv", format_csv(columns, rows, decimal))
+    path = folder / "tuned.json"
+    result = {
+        "flags": {**(fixed or {}), **tuning.best.settings},
+        "objective": tuning.objective,
+        "scores": tuning.best.scores,
+        "default_scores": tuning.default.scores,
+        "seconds_per_image": tuning.best.seconds[-1],
+    }
+    write_text(path, json.dumps(result, indent=1, default=str) + "\n")
+    return path
+
+
+def pick_samples(stems: Sequence[str], count: int) -> list[str]:
+    """Which pictures are tuned on: `count` of them, spread evenly over their names.
+
+    Raises:
+        ImageError: there are none.
+    """
+    if not stems:
+        raise ImageError("no image has a reference to tune on; expected files of the same stem in --against")
+    names = sorted(stems)
+    places = (
+        np.linspace(0, len(names) - 1, min(count, len(names)) + 2)[1:-1] if count < len(names) else range(len(names))
+    )
+    return [names[int(round(place))] for place in places]
