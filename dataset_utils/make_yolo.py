@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> list[str]:
     options = FileOptions((), args.roi_dir, args.ids, args.val_share, args.group_pattern)
     train, val, note = find_splits(args.dataset, options)
     sides = {"train": use_labels(train.pairs), "val": use_labels(val.pairs)}
-    failures = [*train.errors, *val.errors]
+    failures = list(dict.fromkeys([*train.errors, *val.errors]))
     bare = [pair for pairs in sides.values() for pair in pairs if pair.mask is None]
     if bare:
         raise DatasetError(
@@ -347,8 +347,9 @@ def place_picture(path: Path, image: "np.ndarray", folder: Path, name: str, *, c
     plain = path.suffix.lower() in LINKED and image.dtype == np.uint8 and image.shape[2] in (1, 3)
     plain = plain and read_orientation(path) == 1
     target = folder / f"{name}{path.suffix.lower() if plain else '.png'}"
-    if target.is_symlink() or (plain and target.exists()):
-        target.unlink()
+    for other in (folder / f"{name}{suffix}" for suffix in LINKED):
+        if other.is_symlink() or (other.exists() and (plain or other != target)):
+            other.unlink()
     if not plain:
         write_image(target, to_rgb8(image))
     elif copy or not _link(path, target):
