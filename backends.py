@@ -15,6 +15,7 @@ from checkpoint import ModelConfig, load_checkpoint
 from image_io import atomic_write, cache_dir
 from model import build_model, shorten_error, to_probabilities
 from onnx_export import EXPORT_SECONDS, ExportError
+from tiling import TTA
 
 Forward = Callable[[np.ndarray], np.ndarray]
 
@@ -310,6 +311,15 @@ def _load_exported(path: Path, digest: str, device: str) -> tuple[ModelConfig, F
     seconds = time.perf_counter() - begin
     kept = place or "not kept: no folder can be written to"
     return *onnx_forward(model, device), f"ONNX Runtime on {device}, exported in {seconds:.0f} s, {kept}"
+
+
+def megapixels_seen(config: ModelConfig, pixels: float, images: int = 1) -> float:
+    """About how many megapixels a network sees of images with so many pixels: with overlaps, in every view."""
+    geometry = config.geometry
+    if geometry.kind == "resize":
+        return images * geometry.size[0] * geometry.size[1] / 1e6
+    again = (geometry.tile / (geometry.tile - geometry.overlap)) ** 2
+    return pixels / geometry.reduction**2 * again * len(TTA[geometry.tta]) / 1e6
 
 
 def seconds_for(forward: Forward, config: ModelConfig, megapixels: float) -> float:

@@ -293,23 +293,26 @@ def pixels_seen(setup: Setup, pair: "Pair") -> float:
 
     Pictures that must be decoded to be planned are judged by the size in their headers.
     """
+    from backends import megapixels_seen
     from predictor import PILLOW_SUFFIXES, Picture, count_pixels, plan_picture
     from tiling import TTA
 
     config, options = setup.configs[0], tiles_for(setup, pair)
-    geometry = config.geometry
-    if geometry.kind == "resize":
-        return geometry.size[0] * geometry.size[1]
-    views = len(TTA[options.tta])
-    if config.preprocess or (pair.image.suffix.lower() in PILLOW_SUFFIXES and not options.tissue):
-        again = (options.tile / (options.tile - options.overlap)) ** 2
-        return count_pixels(pair.image) / (setup.read.reduce or geometry.reduction) ** 2 * again * views
+    in_memory = config.preprocess or (pair.image.suffix.lower() in PILLOW_SUFFIXES and not options.tissue)
+    if config.geometry.kind == "resize":
+        return 1e6 * megapixels_seen(config, 0)
+    if in_memory:
+        reduction = setup.read.reduce or config.geometry.reduction
+        geometry = replace(
+            config.geometry, reduction=reduction, tile=options.tile, overlap=options.overlap, tta=options.tta
+        )
+        return 1e6 * megapixels_seen(replace(config, geometry=geometry), count_pixels(pair.image))
     try:
         with Picture(pair, setup.configs, setup.read) as picture:
             plan = plan_picture(picture, options)
     except (OSError, ValueError, RuntimeError):
         return 0
-    return plan.tiles * plan.rows.tile * plan.cols.tile * views
+    return plan.tiles * plan.rows.tile * plan.cols.tile * len(TTA[options.tta])
 
 
 def default_output(path: Path, pairs: Sequence["Pair"], threshold: float) -> Path:

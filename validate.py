@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = cli.parse(parser, argv)
     with cli.plain_errors(parser):
-        from backends import load_config, load_forward
+        from backends import load_config, load_forward, megapixels_seen
         from checkpoint import find_checkpoint
 
         device = cli.pick_device(args.device, args.cpu)
@@ -96,7 +96,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder = args.output_dir or default_output(path, listing, args.split, threshold)
         outputs = choose_outputs(args, folder, config)
         failures, pixels = check_files(listing, config)
-        _, forward, note = load_forward(path, device, backend=args.backend, megapixels=pixels / 1e6)
+        work = megapixels_seen(config, pixels, len(listing.pairs))
+        _, forward, note = load_forward(path, device, backend=args.backend, megapixels=work)
         print(f"backend: {note}")
         summary = validate(listing, config, forward, args, outputs, threshold)
         if summary:

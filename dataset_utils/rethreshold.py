@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> list[str]:
     )
     pictures = {file_stem(path): path for path in paths}
     digests = {name: picture_digest(path, options, rows.get(name, [])) for name, path in pictures.items()}
-    done = find_done(args.output_dir, digests, args.save, overwrite=args.overwrite)
+    done = find_done(args.output_dir, digests, args.save, overwrite=args.overwrite, report=print)
     for name in sorted(done):
         print(f"{name}: already done")
     failures: list[str] = []
@@ -93,9 +93,9 @@ def run(args: argparse.Namespace) -> list[str]:
 
 
 def picture_digest(path: Path, options: "ResultOptions", rows: Sequence[dict[str, Any]]) -> str:
-    """Of the file of probabilities and of every flag: the same digest gives the same results."""
+    """Of the file of probabilities and of every flag but the kinds: the same digest gives the same results."""
     status = path.stat()
-    choices = [asdict(replace(options, folder=Path())), place_of(rows)]
+    choices = [asdict(replace(options, folder=Path(), kinds=())), place_of(rows)]
     facts = [str(path.resolve()), status.st_size, status.st_mtime_ns, choices]
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
 
