@@ -7,6 +7,7 @@ difference from the count before the last one; in groups of five bits with a six
 from collections.abc import Sequence
 from typing import Any
 
+import cv2
 import numpy as np
 
 from annotation.instances import find_runs
@@ -28,7 +29,7 @@ def encode_objects(labels: np.ndarray) -> list[str]:
     """
     if not labels.any():
         return []
-    runs = find_runs(np.ascontiguousarray(labels.T).reshape(1, -1))
+    runs = find_runs(cv2.transpose(labels).reshape(1, -1))
     inside = runs.values > 0
     order = np.argsort(runs.values[inside], kind="stable")
     ids, starts, lengths = (part[inside][order] for part in (runs.values, runs.places, runs.lengths))
@@ -90,18 +91,16 @@ def parse_counts(text: str) -> np.ndarray:
     return values
 
 
-def polygons_of(labels: np.ndarray) -> list[list[list[int]] | None]:
-    """The outline [x, y, x, y, ...] of every object in pixel corners, in a list; None for one with holes.
+def outlines_of(labels: np.ndarray) -> tuple[list[list[int]], list[bool]]:
+    """The outer outline [x, y, x, y, ...] of every object in pixel corners, and which objects have holes.
 
     COCO's polygons are painted one over the other, so they cannot say what a hole is; use the run lengths there.
 
     Args:
         labels: (H, W) int32, objects 1..n, each one 4-connected piece.
     """
-    found: dict[int, list[list[int]] | None] = {}
-    for polygon in trace_labels(labels.view(np.uint32)):
-        found[polygon.label] = None if polygon.holes else [polygon.exterior[:-1].reshape(-1).tolist()]
-    return [found[number] for number in sorted(found)]
+    polygons = sorted(trace_labels(labels.view(np.uint32)), key=lambda polygon: polygon.label)
+    return [each.exterior[:-1].reshape(-1).tolist() for each in polygons], [bool(each.holes) for each in polygons]
 
 
 def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray:
