@@ -5,8 +5,9 @@ ultralytics, which the user installs: its licence is AGPL-3.0, and loading such 
 """
 
 import argparse
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from annotation.instances import Instances, paste_masks
 FREE_SIDE = 640  # of networks that take any size and do not say which they were trained on
 PROBE_SIDES = (256, 320)  # an input of two different sides tells rows from columns
 GPU_BATCH = 8
+BAND_PIXELS = 1 << 20  # of deep images, stretched at a time
 DISPLAY_SIDE = 1000  # rows and columns that the stretch of deep images looks at, at most twice as many
 
 CONFIDENCE = 0.25
@@ -61,6 +63,9 @@ class Detector(Protocol):
         Returns:
             For each picture its boxes, inside it and best first.
         """
+
+    def changed(self, options: "DetectorOptions") -> "Detector":
+        """The same network, which is not loaded again, with other limits: confidence and iou."""
 
 
 @dataclass(frozen=True)
@@ -186,12 +191,17 @@ def to_rgb8(image: np.ndarray, limits: tuple[float, float] | None = None) -> np.
         (H, W, 3) uint8.
     """
     shown = image[..., :3] if image.shape[2] >= 3 else image[..., :1]
-    if image.dtype != np.uint8:
-        low, high = limits or display_range(image) or (0.0, 0.0)
-        scale = 255 / (high - low) if high > low else 0.0
-        values = np.nan_to_num(shown.astype(np.float32), nan=low, posinf=low, neginf=low)
-        shown = np.rint(np.clip((values - np.float32(low)) * np.float32(scale), 0, 255)).astype(np.uint8)
-    return np.ascontiguousarray(np.broadcast_to(shown, (*shown.shape[:2], 3)))
+    if image.dtype == np.uint8:
+        return np.ascontiguousarray(np.broadcast_to(shown, (*shown.shape[:2], 3)))
+    low, high = limits or display_range(image) or (0.0, 0.0)
+    scale = 255 / (high - low) if high > low else 0.0
+    result = np.empty((*shown.shape[:2], 3), np.uint8)
+    rows = max(1, BAND_PIXELS // shown.shape[1])
+    for top in range(0, len(shown), rows):
+        values = np.nan_to_num(shown[top : top + rows].astype(np.float32), nan=low, posinf=low, neginf=low)
+        values = np.clip((values - np.float32(low)) * np.float32(scale), 0, 255)
+        result[top : top + rows] = np.rint(values)
+    return result
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -218,6 +228,12 @@ class OnnxDetector:
         self.names = self._layout.names
         self._classes = pick_classes(options.classes, self.names, path)
         self.batch = self._fixed_batch or (GPU_BATCH if usable != "cpu" else 1)
+
+    def changed(self, options: DetectorOptions) -> "OnnxDetector":
+        """See Detector."""
+        other = copy.copy(self)
+        other._options = replace(self._options, confidence=options.confidence, iou=options.iou)
+        return other
 
     def _read_input(self, metadata: dict[str, str]) -> None:
         """Size, type and channels of the input; sides that are names are free."""
@@ -371,6 +387,12 @@ class UltralyticsDetector:
             )
             found.append(self._to_boxes(results[0], image.shape[:2]))  # type: ignore[arg-type]
         return found
+
+    def changed(self, options: DetectorOptions) -> "UltralyticsDetector":
+        """See Detector."""
+        other = copy.copy(self)
+        other._options = replace(self._options, confidence=options.confidence, iou=options.iou)
+        return other
 
     def _to_boxes(self, result: Any, size: tuple[int, int]) -> Boxes:
         if result.boxes is None or not len(result.boxes):

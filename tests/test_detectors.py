@@ -406,6 +406,17 @@ def test_only_the_classes_that_were_asked_for(tmp_path):
         load_detector(DetectorOptions(path, classes=("cell", "dog")))
 
 
+def test_limits_can_change_without_loading_again(tmp_path):
+    boxes, scores, none = random_objects(4, 20)
+    path = save_outputs(tmp_path / "n.onnx", encode("v8", boxes, scores, none, 4))
+    detector = load_detector(DetectorOptions(path, confidence=0.9))
+    path.unlink()
+    image = [np.zeros((*SIZE, 3), np.uint8)]
+    lower = detector.changed(DetectorOptions(confidence=0.1, iou=1.0))
+    assert len(lower.detect(image)[0]) > len(detector.detect(image)[0]) > 0
+    assert (detector.detect(image)[0].scores >= 0.9).all()
+
+
 def test_values_that_are_no_numbers_are_no_boxes(tmp_path):
     boxes, scores, none = random_objects(4, 6)
     output = encode("v8", boxes, np.ones_like(scores), none, 4)
@@ -460,7 +471,7 @@ def test_a_gpu_that_onnx_runtime_cannot_use_is_said(tmp_path):
 # ---- pictures, instances, flags ----
 
 
-def test_pictures_of_any_kind_become_rgb8():
+def test_pictures_of_any_kind_become_rgb8(monkeypatch):
     rng = np.random.default_rng(0)
     rgb = rng.integers(0, 256, (20, 30, 3), np.uint8)
     assert np.array_equal(to_rgb8(rgb), rgb)
@@ -473,6 +484,9 @@ def test_pictures_of_any_kind_become_rgb8():
     low, high = np.percentile(deep, (0.5, 99.5))
     expected = np.clip((deep.astype(float) - low) / (high - low) * 255, 0, 255)
     assert np.abs(to_rgb8(deep) - expected).max() <= 0.51 and to_rgb8(deep).shape == (200, 300, 3)
+    whole = to_rgb8(deep)
+    monkeypatch.setattr(detectors, "BAND_PIXELS", 900)
+    assert np.array_equal(to_rgb8(deep), whole), "in bands"
     holes = deep.astype(np.float32)
     holes[:5] = np.nan
     assert (to_rgb8(holes)[:5] == 0).all() and to_rgb8(holes)[5:].max() == 255
