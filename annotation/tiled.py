@@ -1,0 +1,389 @@
+"""Engines over pictures larger than memory: window by window, objects joined at the borders, files written by rows.
+
+Windows go through an engine and are stitched (stitching.py) into provisional numbers, which are spooled on the disk;
+two more passes over the spool join the parts of objects, number them in reading order, measure them and write the
+label map and the mask. Memory grows with width x tile and with the number of objects, not with the height.
+"""
+
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from annotation.instances import Instances, empty_instances, find_runs, join_runs
+from annotation.stitching import Parts, Stitcher, Window, plan_windows
+from annotation.tiled_rows import ObjectRows
+from regions import Band, Bands, join_components
+from slide_io import Grid
+from slide_writer import Job, Layer, open_job
+
+Engine = Callable[[np.ndarray], Instances]
+
+SAMPLE_SIDE, SAMPLE_ACROSS, CANDIDATES = 512, 3, 6  # windows of a sample, those looked at along each side
+BAND_PIXELS = 1 << 24  # looked at together in the passes over the spool
+
+
+@dataclass(frozen=True)
+class TileOptions:
+    """How a picture is cut into windows.
+
+    Attributes:
+        tile: side of the cores that part the picture, in pixels, a multiple of 16.
+        margin: pixels of the picture around a core that the engine sees too. Objects smaller than this come out as
+            they do from the whole picture, as far as the engine decides about them by what is near.
+        workers: windows in work at once; engines that leave Python's lock (OpenCV, ONNX Runtime) gain.
+    """
+
+    tile: int = 1024
+    margin: int = 256
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        if self.tile < 16 or self.tile % 16 or not 0 <= self.margin <= self.tile or self.workers < 1:
+            raise ValueError(
+                f"tiles of {self.tile} pixels with a margin of {self.margin} and {self.workers} workers; expected a "
+                "multiple of 16, a margin of at most a tile and one worker or more"
+            )
+
+
+@dataclass(frozen=True)
+class TiledFiles:
+    """What is written.
+
+    Attributes:
+        labels: TIFF of uint32 numbers. mask: TIFF of uint8, 0 or 255.
+        work: folder for files in between, about as large as the results; it is removed at the end.
+        gap: pixels by which touching objects are parted in the mask.
+        kind: see slide_writer.Job.finish.
+        mm_per_pixel: adds columns to the rows of objects.
+    """
+
+    labels: Path
+    mask: Path
+    work: Path
+    gap: int = 0
+    kind: str = "tiff"
+    mm_per_pixel: float | None = None
+
+
+@dataclass(frozen=True)
+class TiledResult:
+    """What came out: size of the picture, objects, pixels in objects, messages about what could not be decoded."""
+
+    height: int
+    width: int
+    objects: int
+    covered: int
+    damage: list[str]
+
+
+def sample_picture(grid: Grid) -> np.ndarray:
+    """A part of a picture at full resolution, (h, w, C), on which an engine's options are chosen once for all windows.
+
+    The whole of a small picture; of others the 9 windows with the most contrast of 36 that lie evenly, set together.
+    """
+    side = SAMPLE_SIDE * SAMPLE_ACROSS
+    if grid.height * grid.width <= side * side:
+        return grid.read(0, 0, grid.height, grid.width)
+    height, width = min(SAMPLE_SIDE, grid.height), min(SAMPLE_SIDE, grid.width)
+    rows, columns = (
+        np.unique(np.linspace(0, length - part, CANDIDATES).round().astype(int)).tolist()
+        for length, part in ((grid.height, height), (grid.width, width))
+    )
+    places = [(row, column) for row in rows for column in columns]
+    contrast = [float(np.nanstd(grid.read(*place, height, width)[::4, ::4])) for place in places]
+    order = np.argsort(-np.array(contrast), kind="stable")[: SAMPLE_ACROSS**2]
+    order = np.resize(order, SAMPLE_ACROSS**2)
+    picked = [grid.read(*places[place], height, width) for place in sorted(order.tolist())]
+    strips = [np.concatenate(picked[k : k + SAMPLE_ACROSS], axis=1) for k in range(0, len(picked), SAMPLE_ACROSS)]
+    return np.concatenate(strips, axis=0)
+
+
+def annotate_tiled(
+    grid: Grid,
+    engine: Engine,
+    options: TileOptions,
+    files: TiledFiles,
+    *,
+    take_rows: Callable[[list[dict[str, Any]]], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> TiledResult:
+    """Annotate a picture of any size.
+
+    Args:
+        grid: the picture at the scale that is wanted, see slide_io.
+        engine: called with windows (h, w, C); its options are fixed, see sample_picture.
+        options: the windows.
+        files: the results.
+        take_rows: gets the rows of the objects (see instances.object_rows) in portions, as the objects end.
+        progress: called with windows done and windows in all.
+
+    Raises:
+        SlideError: the picture cannot be read.
+        JobError: another process uses the working folder.
+        OSError: a file cannot be written; results of an earlier run stay as they were.
+    """
+    with ExitStack() as stack:
+        draft = stack.enter_context(_open(files.work / "draft", grid, {"draft": np.uint32}))
+        parts = _draw_draft(grid, engine, options, draft, progress)
+        bands = _portions(draft, grid.width)
+        joined = join_parts(bands, parts)
+        final = stack.enter_context(_open(files.work / "final", grid, {"labels": np.uint32, "mask": np.uint8}))
+        numbered = _measured(label_parts(bands, joined), grid, joined, files.mm_per_pixel, take_rows)
+        covered = 0
+        for _, labels, mask in mask_bands(numbered, joined.areas, files.gap):
+            covered += int(np.count_nonzero(labels))
+            final.append({"labels": labels, "mask": mask})
+        for name, path in (("labels", files.labels), ("mask", files.mask)):
+            final.finish(name, path, kind=files.kind)
+        final.remove()
+        draft.remove()
+    shutil.rmtree(files.work, ignore_errors=True)
+    return TiledResult(grid.height, grid.width, len(joined), covered, list(grid.damage))
+
+
+def _open(folder: Path, grid: Grid, kinds: dict[str, Any]) -> Job:
+    """A job that begins anew: what a killed run left of it is dropped."""
+    layers = [Layer(name, grid.height, grid.width, 1, kind, "nearest", pyramid=False) for name, kind in kinds.items()]
+    job = open_job(folder, "", layers)
+    if job.rows_done:
+        job.remove()
+        job = open_job(folder, "", layers)
+    return job
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Windows
+
+
+def _draw_draft(
+    grid: Grid, engine: Engine, options: TileOptions, draft: Job, progress: Callable[[int, int], None] | None
+) -> Parts:
+    stitcher = Stitcher(grid.height, grid.width, options.tile, options.margin)
+    rows = plan_windows(grid.height, grid.width, options.tile, options.margin)
+    windows = [window for row in rows for window in row]
+    lasts = {id(row[-1]) for row in rows}
+    for number, (window, found) in enumerate(run_engine(grid, engine, windows, options.workers), start=1):
+        stitcher.add(window, found)
+        if id(window) in lasts:
+            draft.append({"draft": stitcher.end_row(window).view(np.uint32)})
+        if progress is not None:
+            progress(number, len(windows))
+    return stitcher.parts()
+
+
+def run_engine(
+    grid: Grid, engine: Engine, windows: Iterable[Window], workers: int
+) -> Iterator[tuple[Window, Instances]]:
+    """The objects of each window in turn; windows are read here, and engines run in threads when there are several."""
+    if workers == 1:
+        for window in windows:
+            yield window, _call(engine, window, *_read(grid, window))
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: deque[tuple[Window, Future[Instances]]] = deque()
+        try:
+            for window in windows:
+                waiting.append((window, pool.submit(_call, engine, window, *_read(grid, window))))
+                if len(waiting) > workers:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+            while waiting:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        finally:
+            for _, future in waiting:
+                future.cancel()
+
+
+def _read(grid: Grid, window: Window) -> tuple[np.ndarray, np.ndarray | None]:
+    top, left, bottom, right = window.box
+    place = top, left, bottom - top, right - left
+    return grid.read(*place), grid.valid(*place)
+
+
+def _call(engine: Engine, window: Window, pixels: np.ndarray, valid: np.ndarray | None) -> Instances:
+    """Objects of a window; none where the file has no data."""
+    if valid is not None and not valid.any():
+        return empty_instances(*pixels.shape[:2])
+    found = engine(pixels)
+    if found.labels.shape != pixels.shape[:2]:
+        raise ValueError(
+            f"the engine gave labels of {found.labels.shape} for a window of {pixels.shape[:2]} pixels at row "
+            f"{window.box[0]}, column {window.box[1]}; expected the same size"
+        )
+    if valid is not None:
+        found = Instances(np.where(valid, found.labels, 0).astype(np.int32), found.scores, found.engines)
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Parts to objects
+
+
+def _portions(draft: Job, width: int) -> Bands:
+    """Bands of the spool in portions of BAND_PIXELS."""
+    rows = max(1, BAND_PIXELS // width)
+
+    def read() -> Iterator[Band]:
+        for top, band in draft.bands("draft"):
+            for start in range(0, len(band), rows):
+                yield top + start, band[start : start + rows]
+
+    return read
+
+
+@dataclass(frozen=True, eq=False)
+class Joined:
+    """Objects made of parts; entry 0 is the background.
+
+    Attributes:
+        group: object that each provisional number belongs to, before pieces are dropped: (parts + 1,) int64.
+        numbers: of each piece, in the order of the pass over the bands: (pieces + 1,) uint32, 0 for what is dropped.
+        areas, scores, engines: of the objects 1..n, (n + 1,) each; engines are names.
+    """
+
+    group: np.ndarray
+    numbers: np.ndarray
+    areas: np.ndarray
+    scores: np.ndarray
+    engines: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.areas) - 1
+
+
+def join_parts(bands: Bands, parts: Parts) -> Joined:
+    """Join the parts of objects and keep the largest 4-connected piece of each; numbers follow the first pixels.
+
+    Args:
+        bands: provisional numbers (h, W).
+        parts: what stitching knows of them.
+    """
+    group = np.concatenate([[0], join_components(parts.pairs, len(parts)) + 1]) if len(parts) else np.zeros(1, np.int64)
+    owners, areas, seams = [np.zeros(1, np.int64)], [np.zeros(1, np.int64)], [np.zeros((0, 2), np.int64)]
+    count, above, above_ids = 0, None, np.zeros(0, np.int64)
+    for labels, pieces, values, sizes in _pieces(bands, group):
+        ids = pieces + (pieces > 0) * count
+        if above is not None:
+            meet = (labels[0] == above) & (above > 0)
+            seams.append(np.unique(np.stack([above_ids[meet], ids[0][meet]], axis=1), axis=0))
+        owners.append(values)
+        areas.append(sizes)
+        count += len(values)
+        above, above_ids = labels[-1].copy(), ids[-1].copy()
+    owner, area = np.concatenate(owners), np.concatenate(areas)
+    whole = np.concatenate([[0], join_components(np.concatenate(seams), count) + 1]).astype(np.int64)
+    numbers, firsts, sizes = _keep_largest(owner, area, whole)
+    best = np.lexsort((parts.areas, group))  # the last of a group is its largest part
+    lead = np.zeros(int(group.max()) + 1, np.int64)
+    lead[group[best]] = best
+    leads = lead[owner[firsts]]
+    engines = ("", *(parts.engine_names[place] for place in parts.engines[leads[1:]].tolist()))
+    return Joined(group, numbers, sizes, parts.scores[leads], engines)
+
+
+def _pieces(bands: Bands, group: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """Objects of each band, its pieces numbered from 1 (h, W), and the object and the pixels of each piece."""
+    for _, band in bands():
+        labels = group[band.view(np.int32)]
+        runs = find_runs(labels)
+        piece = join_runs(labels, runs)
+        inside = runs.values > 0
+        names, firsts, compact = np.unique(piece[inside], return_index=True, return_inverse=True)
+        numbers = np.zeros(len(piece), np.int64)
+        numbers[inside] = compact + 1
+        sizes = np.bincount(compact, runs.lengths[inside], len(names)).astype(np.int64)
+        yield labels, runs.paint(numbers), runs.values[inside][firsts], sizes
+
+
+def _keep_largest(owner: np.ndarray, area: np.ndarray, whole: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Final number of each piece, first piece and pixels of each object; entry 0 of all is the background.
+
+    Args:
+        owner: object of each piece. area: its pixels. whole: which pieces hang together; (pieces + 1,) each.
+    """
+    if len(owner) == 1:
+        return np.zeros(1, np.uint32), np.zeros(1, np.int64), np.zeros(1, np.int64)
+    _, firsts, joined = np.unique(whole, return_index=True, return_inverse=True)
+    sizes = np.bincount(joined, area).astype(np.int64)
+    values = owner[firsts]
+    order = np.lexsort((firsts, -sizes, values))
+    best = np.ones(len(order), bool)
+    best[1:] = values[order][1:] != values[order][:-1]
+    kept = np.sort(firsts[order[best]])  # the background, piece 0, is the first
+    numbers = np.zeros(len(owner), np.uint32)
+    numbers[kept] = np.arange(len(kept))
+    return numbers[firsts][joined], kept, sizes[joined[kept]]
+
+
+def label_parts(bands: Bands, joined: Joined) -> Iterator[Band]:
+    """Final numbers (h, W) uint32 of the bands that join_parts saw."""
+    count, top = 0, 0
+    for labels, pieces, values, _ in _pieces(bands, joined.group):
+        table = np.concatenate([joined.numbers[:1], joined.numbers[count + 1 : count + 1 + len(values)]])
+        yield top, table[pieces]
+        count += len(values)
+        top += len(labels)
+
+
+def _measured(
+    bands: Iterable[Band],
+    grid: Grid,
+    joined: Joined,
+    mm_per_pixel: float | None,
+    take_rows: Callable[[list[dict[str, Any]]], None] | None,
+) -> Iterator[Band]:
+    """Pass bands on, and the rows of the objects that end in them to take_rows."""
+    table = ObjectRows(joined.scores, joined.engines, mm_per_pixel)
+    for top, labels in bands:
+        if take_rows is not None:
+            rows = table.add(top, labels, grid.read(top, 0, *labels.shape), last=top + len(labels) == grid.height)
+            if rows:
+                take_rows(rows)
+        yield top, labels
+
+
+def mask_bands(bands: Iterable[Band], areas: np.ndarray, gap: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """First row, labels and mask (0 or 255) of each band; objects that touch are parted by a gap.
+
+    As instances.gap_mask: the larger object gives way by half of the gap, rounded up, the smaller by the rest. Pieces
+    that a gap cuts off stay, and an object thinner than its share of the gap vanishes from the mask.
+
+    Args:
+        bands: labels (h, W) uint32. areas: of the objects, (n + 1,).
+    """
+    rank = np.zeros(len(areas), np.float32)
+    rank[1 + np.argsort(areas[1:], kind="stable")] = np.arange(1, len(areas))
+    above: np.ndarray | None = None  # the last rows before those that wait
+    waiting: Band | None = None
+    for band in bands:
+        if waiting is not None:
+            yield *waiting, _part(above, waiting[1], band[1][:gap], rank, gap)
+            seen = waiting[1] if above is None else np.concatenate([above, waiting[1]])
+            above = seen[max(0, len(seen) - gap) :]
+        waiting = band
+    if waiting is not None:
+        yield *waiting, _part(above, waiting[1], waiting[1][:0], rank, gap)
+
+
+def _part(above: np.ndarray | None, labels: np.ndarray, below: np.ndarray, rank: np.ndarray, gap: int) -> np.ndarray:
+    mask = np.where(labels > 0, np.uint8(255), np.uint8(0))
+    if not gap or not mask.any():
+        return mask
+    above = labels[:0] if above is None else above
+    ranks = rank[np.concatenate([above, labels, below])]
+    own = slice(len(above), len(above) + len(labels))
+    larger, smaller = (np.ones((2 * radius + 1,) * 2, np.uint8) for radius in ((gap + 1) // 2, gap // 2))
+    lowest = cv2.erode(np.where(ranks > 0, ranks, np.float32(len(rank))), larger)
+    mask[(lowest < ranks)[own]] = 0
+    if gap > 1:
+        mask[(cv2.dilate(ranks, smaller) > ranks)[own]] = 0
+    return mask

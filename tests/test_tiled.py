@@ -1,0 +1,284 @@
+"""Engines window by window: the objects are those of the whole picture, each once, none cut, no seam."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import tifffile
+
+from annotation import tiled
+from annotation.instances import Instances, empty_instances, gap_mask, number_instances, object_rows
+from annotation.stitching import Stitcher, plan_windows
+from annotation.tiled import TiledFiles, TileOptions, annotate_tiled, sample_picture
+from slide_io import open_slide
+
+SIZES = [(1, 1), (1, 200), (200, 1), (64, 64), (96, 160), (100, 131), (193, 65)]
+
+
+def components(image: np.ndarray) -> Instances:
+    """What is brighter than 127, in 4-connected pieces; the score of one follows from its size."""
+    count, labels, stats, _ = cv2.connectedComponentsWithStats((image[..., 0] > 127).astype(np.uint8), connectivity=4)
+    names = ["bright" if area % 2 else "even" for area in stats[1:, cv2.CC_STAT_AREA].tolist()]
+    return number_instances(labels, stats[1:, cv2.CC_STAT_AREA] / 1e4, names)
+
+
+def watershed(image: np.ndarray) -> Instances:
+    """Touching discs parted at their necks."""
+    inside = (image[..., 0] > 127).astype(np.uint8)
+    padded = cv2.copyMakeBorder(inside, 1, 1, 1, 1, cv2.BORDER_REPLICATE)
+    distance = cv2.GaussianBlur(cv2.distanceTransform(padded, cv2.DIST_L2, 5), (0, 0), 1)[1:-1, 1:-1]
+    peaks = (distance >= cv2.dilate(distance, np.ones((9, 9), np.uint8))) & (distance > 2)
+    count, seeds = cv2.connectedComponents(peaks.astype(np.uint8), connectivity=8)
+    if count == 1:
+        return empty_instances(*inside.shape)
+    depth = 255 - np.clip(distance * 12, 0, 255).astype(np.uint8)
+    markers = np.where(inside > 0, seeds, 0).astype(np.int32)
+    markers[inside == 0] = count
+    labels = cv2.watershed(cv2.cvtColor(depth, cv2.COLOR_GRAY2RGB), markers)
+    labels[(labels == count) | (labels < 0)] = 0
+    return number_instances(labels, 1.0, "watershed")
+
+
+def discs(seed: int, size, radius=(2, 9), crowd=60) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    image = np.full((*size, 1), 30, np.uint8)
+    for _ in range(size[0] * size[1] * crowd // 20000 + 1):
+        centre = tuple(int(rng.integers(0, length)) for length in size[::-1])
+        cv2.circle(image, centre, int(rng.integers(*radius)), 220, -1)
+    return image
+
+
+def run(tmp_path: Path, image: np.ndarray, engine, options: TileOptions, **how):
+    path = tmp_path / "in.tif"
+    kind = "rgb" if image.shape[2] == 3 else "minisblack"
+    tifffile.imwrite(path, image if image.shape[2] == 3 else image[..., 0], photometric=kind)
+    rows: list[dict] = []
+    files = TiledFiles(tmp_path / "labels.tif", tmp_path / "mask.tif", tmp_path / "work", **how)
+    with open_slide(path) as slide:
+        result = annotate_tiled(slide.grid(), engine, options, files, take_rows=rows.extend)
+    labels, mask = tifffile.imread(files.labels), tifffile.imread(files.mask)
+    labels, mask = labels.reshape(image.shape[:2]), mask.reshape(image.shape[:2])
+    assert labels.dtype == np.uint32 and mask.dtype == np.uint8 and not files.work.exists()
+    assert result.objects == labels.max() == len(rows) and result.covered == np.count_nonzero(labels)
+    assert set(np.unique(mask)) <= {0, 255}
+    return labels, mask, rows
+
+
+def check_rows(rows: list[dict], expected: list[dict]) -> None:
+    assert [row["id"] for row in sorted(rows, key=lambda row: row["id"])] == [row["id"] for row in expected]
+    for row, other in zip(sorted(rows, key=lambda row: row["id"]), expected, strict=True):
+        assert list(row) == list(other)
+        for name, value in row.items():
+            if name == "ellipse_angle":
+                away = abs(value - other[name]) % 180
+                assert min(away, 180 - away) < 1e-3 or row["ellipse_major"] - row["ellipse_minor"] < 1e-3
+            elif isinstance(value, float):
+                assert value == pytest.approx(other[name], rel=1e-5, abs=1e-6), name
+            else:
+                assert value == other[name], name
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("engine", [components])
+def test_small_objects_are_those_of_the_whole_picture(tmp_path, size, engine):
+    image = discs(sum(size), size, radius=(1, 5), crowd=30)
+    whole = engine(image)
+    labels, mask, rows = run(tmp_path, image, engine, TileOptions(32, 32))
+    assert np.array_equal(labels, whole.labels)
+    assert np.array_equal(mask > 0, labels > 0)
+    check_rows(rows, object_rows(whole, image))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("tile", "margin"), [(16, 0), (16, 3), (32, 8), (48, 48), (256, 16)])
+def test_objects_of_any_size_stay_one(tmp_path, seed, tile, margin):
+    """Rings, combs and blobs larger than windows: components are joined whatever the margin."""
+    rng = np.random.default_rng(seed)
+    noise = cv2.GaussianBlur(rng.normal(0, 1, (150, 170)).astype(np.float32), (0, 0), 3 + seed)
+    image = np.where(noise > 0, 200, 50).astype(np.uint8)[..., None]
+    whole = components(image)
+    labels, _, rows = run(tmp_path, image, components, TileOptions(tile, margin))
+    if margin:
+        assert np.array_equal(labels, whole.labels)
+        areas = {row["id"]: row["area"] for row in rows}
+        assert areas == {row["id"]: row["area"] for row in object_rows(whole, image)}
+    else:  # without an overlap nothing says which parts belong together
+        assert np.array_equal(labels > 0, image[..., 0] > 127)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_touching_discs_are_parted_as_in_the_whole_picture(tmp_path, seed):
+    size = [(150, 190), (128, 192), (64, 300)][seed % 3]
+    image = discs(seed, size, radius=(4, 8), crowd=40)
+    whole = watershed(image)
+    labels, _, _ = run(tmp_path, image, watershed, TileOptions(64, 48))
+    assert len(whole) > 10
+    assert labels.max() == len(whole)
+    assert np.array_equal(labels, whole.labels)
+
+
+def test_a_disc_larger_than_a_tile_and_a_comb_are_one_object_each(tmp_path):
+    image = np.zeros((260, 260, 1), np.uint8)
+    cv2.circle(image, (90, 90), 80, 255, -1)
+    image[200:204, 5:250] = 255
+    image[200:250, 5:250:20] = 255
+    labels, _, rows = run(tmp_path, image, components, TileOptions(32, 8))
+    assert np.array_equal(labels, components(image).labels) and len(rows) == 2
+
+
+def disagreeing(shift: int):
+    """An engine whose borders differ from window to window by up to `shift` pixels."""
+    calls = iter(range(10**6))
+
+    def engine(image: np.ndarray) -> Instances:
+        found = components(image)
+        kernel = np.ones((2 * shift + 1, 2 * shift + 1), np.uint8)
+        change = (cv2.erode, cv2.dilate)[next(calls) % 2]
+        labels = change(found.labels.astype(np.uint16), kernel).astype(np.int32)
+        return number_instances(labels, 0.5, "moody")
+
+    return engine
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_object_is_cut_or_doubled_where_windows_disagree(tmp_path, seed):
+    """Discs apart from each other: each is there once, as one window saw it, with no straight edge along a core."""
+    rng = np.random.default_rng(seed)
+    image = np.zeros((200, 232, 1), np.uint8)
+    for row in range(12, 200, 24):
+        for column in range(12, 232, 24):
+            place = int(column + rng.integers(-3, 4)), int(row + rng.integers(-3, 4))
+            cv2.circle(image, place, 7, 255, -1)
+    whole = components(image)
+    labels, _, _ = run(tmp_path, image, disagreeing(1), TileOptions(48, 32))
+    assert labels.max() == len(whole)
+    small, large = (change(image[..., 0], np.ones((3, 3), np.uint8)) > 0 for change in (cv2.erode, cv2.dilate))
+    assert not (labels > 0)[~large].any() and (labels > 0)[small].all()
+    kinds = set()
+    for number in range(1, len(whole) + 1):
+        around = cv2.dilate((whole.labels == number).astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
+        seen, wide, narrow = (each[around] for each in (labels > 0, large, small))
+        assert np.array_equal(seen, wide) or np.array_equal(seen, narrow)
+        kinds.add(np.array_equal(seen, wide))
+    assert kinds == {True, False}
+
+
+def test_one_window_sees_two_objects_where_another_sees_one(tmp_path):
+    """The first window decides; the other's objects do not leave slivers or a cut."""
+    calls = iter(range(100))
+    image = np.zeros((64, 128, 1), np.uint8)
+    image[20:40, 50:78] = 255
+
+    def engine(window: np.ndarray) -> Instances:
+        found = components(window)
+        if next(calls) == 1:
+            labels = found.labels.copy()
+            labels[:, 64 - 16 :] *= 2  # parted at the picture's column 64 + 0, where the core begins
+            return number_instances(labels, [0.9, 0.9], ["x", "x"])
+        return found
+
+    labels, _, rows = run(tmp_path, image, engine, TileOptions(64, 16))
+    assert len(rows) == 1 and np.array_equal(labels > 0, image[..., 0] > 0)
+
+
+def test_scores_and_engines_follow_the_largest_part(tmp_path):
+    image = np.zeros((40, 100, 1), np.uint8)
+    image[10:30, 10:95] = 255
+    image[35, 3] = 255
+
+    def engine(window: np.ndarray) -> Instances:
+        found = components(window)
+        return Instances(found.labels, np.full(len(found), window.shape[1] / 100, np.float32), found.engines)
+
+    _, _, rows = run(tmp_path, image, engine, TileOptions(64, 8), mm_per_pixel=0.5)
+    assert len(rows) == 2
+    assert {row["id"]: row["score"] for row in rows} == pytest.approx({1: 0.72, 2: 0.72})
+    large = next(row for row in rows if row["id"] == 1)
+    assert (large["area"], large["area_mm2"]) == (1700, 425.0) and "equivalent_diameter_mm" in large
+
+
+@pytest.mark.parametrize("gap", [0, 1, 2, 3])
+def test_the_mask_parts_touching_objects_as_in_memory(tmp_path, gap, monkeypatch):
+    image = discs(3, (150, 190), radius=(5, 9), crowd=60)
+    monkeypatch.setattr(tiled, "BAND_PIXELS", 190 * 7)
+    labels, mask, _ = run(tmp_path, image, watershed, TileOptions(64, 48), gap=gap)
+    expected = gap_mask(labels.astype(np.int32), gap)
+    assert np.count_nonzero(mask != expected) <= 0.002 * mask.size  # pieces that a gap cuts off stay here
+    if gap:
+        count, pieces = cv2.connectedComponents(mask, connectivity=8)
+        for piece in range(1, count):
+            assert len(np.unique(labels[pieces == piece])) == 1
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_threads_do_not_change_the_result(tmp_path, workers):
+    image = discs(5, (130, 150))
+    one, _, _ = run(tmp_path, image, components, TileOptions(32, 16))
+    several, _, _ = run(tmp_path, image, components, TileOptions(32, 16, workers))
+    assert np.array_equal(one, several)
+
+
+def test_an_error_of_the_engine_comes_through_and_leaves_earlier_results(tmp_path):
+    image = discs(5, (130, 150))
+    before, _, _ = run(tmp_path, image, components, TileOptions(32, 16))
+    data = (tmp_path / "labels.tif").read_bytes()
+
+    def broken(window: np.ndarray) -> Instances:
+        raise RuntimeError("out of memory")
+
+    for workers in (1, 2):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            run(tmp_path, image, broken, TileOptions(32, 16, workers))
+    with pytest.raises(ValueError, match="expected the same size"):
+        run(tmp_path, image, lambda window: empty_instances(3, 3), TileOptions(32, 16))
+    assert (tmp_path / "labels.tif").read_bytes() == data
+    again, _, _ = run(tmp_path, image, components, TileOptions(32, 16))  # what was left in work/ does no harm
+    assert np.array_equal(before, again)
+
+
+def test_pixels_without_data_hold_no_object(tmp_path):
+    image = np.full((100, 120), 200, np.uint8)
+    image[:, 40:60] = 7
+    path = tmp_path / "in.tif"
+    tifffile.imwrite(path, image, extratags=[(42113, "s", 2, "7", True)])
+    files = TiledFiles(tmp_path / "labels.tif", tmp_path / "mask.tif", tmp_path / "work")
+    with open_slide(path) as slide:
+        bright = lambda window: components(255 - window)  # noqa: E731 - nodata reads as 0
+        result = annotate_tiled(slide.grid(), bright, TileOptions(32, 16), files)
+    assert result.objects == 0 and not tifffile.imread(files.mask).any()
+
+
+def test_a_sample_shows_the_objects(tmp_path):
+    image = np.full((4000, 5000), 240, np.uint8)
+    image[3200:3700, 700:1500] = np.random.default_rng(0).integers(0, 255, (500, 800))
+    tifffile.imwrite(tmp_path / "in.tif", image, tile=(256, 256))
+    with open_slide(tmp_path / "in.tif") as slide:
+        sample = sample_picture(slide.grid())
+        assert sample.shape == (1536, 1536, 1) and 0.05 < (sample < 200).mean() < 0.4
+    tifffile.imwrite(tmp_path / "thin.tif", np.arange(3_000_000, dtype=np.uint32).astype(np.uint8)[:, None])
+    with open_slide(tmp_path / "thin.tif") as slide:
+        assert sample_picture(slide.grid()).shape == (1536, 3, 1)
+    tifffile.imwrite(tmp_path / "small.tif", image[:50, :60])
+    with open_slide(tmp_path / "small.tif") as slide:
+        assert np.array_equal(sample_picture(slide.grid())[..., 0], image[:50, :60])
+
+
+@pytest.mark.parametrize("bad", [{"tile": 24}, {"tile": 0}, {"tile": 32, "margin": 33}, {"workers": 0}])
+def test_impossible_tiles_are_refused(bad):
+    with pytest.raises(ValueError, match="expected a multiple of 16"):
+        TileOptions(**bad)
+
+
+def test_windows_part_the_picture():
+    covered = np.zeros((70, 101), int)
+    for row in plan_windows(70, 101, 32, 8):
+        for window in row:
+            top, left, bottom, right = window.core
+            covered[top:bottom, left:right] += 1
+            assert window.box == (max(0, top - 8), max(0, left - 8), min(70, bottom + 8), min(101, right + 8))
+    assert (covered == 1).all()
+
+
+def test_memory_of_the_canvas_does_not_follow_the_height():
+    assert Stitcher(10**6, 50, 64, 16).canvas.shape == (96, 50)
