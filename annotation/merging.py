@@ -17,6 +17,10 @@ from annotation.instances import Instances, empty_instances, number_instances
 from object_metrics import object_scores
 
 RULES = ("sam_first", "unite", "vote")
+SPACE: dict[str, list[str] | tuple[float, float, str]] = {  # flags that can be tuned: see annotation.tuning
+    "combine": list(RULES),
+    "max_covered": (0.3, 0.8, "linear"),
+}
 
 
 @dataclass(frozen=True)

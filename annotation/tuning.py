@@ -1,8 +1,8 @@
 """Search for the parameters of engines on a few pictures with references.
 
-Random settings, most of each left as they are by default, are tried on crops; the best part goes on to whole pictures,
-the best of them to changed copies too (turned, brighter or darker, larger or smaller), for what is good on two pictures
-alone is often luck. The default setting is among those that reach the end.
+Random settings, half of each left as it is by default, are tried on crops, then mixtures of the best. The best part
+goes on to whole pictures, the best of them to changed copies too (turned, brighter or darker, larger or smaller), for
+what is good on two pictures alone is often luck. The default setting is among those that reach the end.
 """
 
 import argparse
@@ -31,6 +31,7 @@ Space = Mapping[str, Sequence[Any] | Range]
 Segment = Callable[[np.ndarray, Settings, dict[Any, Any]], Instances]
 
 OBJECTIVES = {"f1": 0.5, "mean_f1": None}
+PARENTS = 6  # settings that are mixed
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +53,7 @@ class TuneOptions:
 
     Attributes:
         images: how many pictures with references are used; 0: no tuning.
-        trials: settings that are tried, the default one included.
+        trials: settings that are tried, the default one included; mixtures of the best come on top.
         objective: f1 (at IoU 0.5) or mean_f1 (0.5 to 0.95), mean over pictures.
         min_area: objects with fewer pixels are left out on both sides.
         seed: of everything random.
@@ -155,6 +156,23 @@ def options_from(args: argparse.Namespace) -> TuneOptions:
 # Settings
 
 
+def with_settings(args: argparse.Namespace, settings: Settings) -> argparse.Namespace:
+    """The flags of a command with those of a setting in their place: what the engines' options_from can read.
+
+    Raises:
+        ValueError: a name of the setting is no flag of the command.
+    """
+    unknown = [name for name in settings if not hasattr(args, name)]
+    if unknown:
+        raise ValueError(f"{' '.join(unknown)}: no flags of this command; expected names such as those of its SPACE")
+    return argparse.Namespace(**{**vars(args), **settings})
+
+
+def prefixed(space: Space, prefix: str) -> Space:
+    """A space whose names are fields of options as one whose names are flags, such as sam_points of points."""
+    return {name if name.startswith(prefix) else prefix + name: values for name, values in space.items()}
+
+
 def draw_settings(space: Space, rng: np.random.Generator, keep: float) -> Settings:
     """A random setting; each parameter is absent, as by default, with the chance `keep`, but never all of them."""
     names = sorted(space)
@@ -191,11 +209,37 @@ def draw_trials(space: Space, options: TuneOptions) -> list[Trial]:
         if len(trials) == options.trials:
             break
         settings = draw_settings(space, rng, options.keep)
-        key = json.dumps(settings, sort_keys=True, default=str)
-        if key not in seen:
-            seen.add(key)
+        if _key(settings) not in seen:
+            seen.add(_key(settings))
             trials.append(Trial(len(trials), settings))
     return trials
+
+
+def draw_children(trials: Sequence[Trial], space: Space, options: TuneOptions) -> list[Trial]:
+    """Settings that mix two of the best so far: of each parameter the value of one of them, and at times a new one."""
+    rng = np.random.default_rng([options.seed, len(trials)])
+    best = sorted((trial for trial in trials if not trial.failure), key=lambda t: (-t.last, t.number))[:PARENTS]
+    seen, children = {_key(trial.settings) for trial in trials}, list[Trial]()
+    for _ in range(20 * options.trials if space and len(trials) > 1 else 0):
+        if len(children) == options.trials // options.halving:
+            break
+        one, other = (best[int(rng.integers(len(best)))].settings for _ in range(2))
+        settings = {}
+        for name in sorted(space):
+            source = one if rng.random() < 0.5 else other
+            if name in source:
+                settings[name] = source[name]
+        if rng.random() < 0.5:
+            name = sorted(space)[int(rng.integers(len(space)))]
+            settings[name] = draw_value(space[name], rng)
+        if _key(settings) not in seen:
+            seen.add(_key(settings))
+            children.append(Trial(len(trials) + len(children), settings))
+    return children
+
+
+def _key(settings: Settings) -> str:
+    return json.dumps(settings, sort_keys=True, default=str)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -301,10 +345,15 @@ def tune(
     for number, views in enumerate(rungs):
         for trial in alive:
             _try(trial, segment, views, options)
+            if trials[0].failure:
+                raise ValueError(f"the default setting fails on the pictures to tune on: {trials[0].failure}")
+        if number == 0:
+            children = draw_children(trials, space, options)
+            for trial in children:
+                _try(trial, segment, views, options)
+            alive = trials = [*trials, *children]
         for view in views:
             view.cache.clear()
-        if trials[0].failure:
-            raise ValueError(f"the default setting fails on the pictures to tune on: {trials[0].failure}")
         if tell:
             best = max(alive, key=lambda trial: trial.last)
             tell(

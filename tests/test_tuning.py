@@ -22,15 +22,18 @@ from annotation.tuning import (
     change_view,
     choose,
     crop_view,
+    draw_children,
     draw_settings,
     draw_trials,
     draw_value,
     make_rungs,
     options_from,
     pick_samples,
+    prefixed,
     survivors,
     tune,
     tune_args,
+    with_settings,
     write_tuning,
 )
 
@@ -126,10 +129,25 @@ def test_rungs_halve_and_the_default_stays():
     engine = Engine()
     tuning = tune(engine, SPACE, [scene(0), scene(1)], TuneOptions(trials=27, halving=3, min_area=10))
     reached = [sum(trial.rungs > rung for trial in tuning.trials) for rung in range(3)]
-    assert reached[0] == 27 and 9 <= reached[1] <= 10 and 3 <= reached[2] <= 5
+    assert reached[0] == 27 + 9 and 12 <= reached[1] <= 13 and 4 <= reached[2] <= 6
+    assert len({json.dumps(trial.settings, sort_keys=True) for trial in tuning.trials}) == 36
     assert tuning.default.rungs == 3
     known = [Trial(n, {}, [score]) for n, score in enumerate([0.1, 0.9, 0.5, 0.7, 0.2, 0.3])]
     assert [trial.number for trial in survivors(known, 3)] == [0, 1, 3]
+
+
+def test_children_mix_the_best():
+    space = {name: (0.0, 1.0, "linear") for name in "abcdefgh"}
+    trials = draw_trials(space, TuneOptions(trials=60))
+    for trial in trials:
+        trial.scores = [float(trial.number in (7, 8, 9))]
+    trials[9].failure = "broke"
+    children = draw_children(trials, space, TuneOptions(trials=60, halving=3))
+    assert len(children) == 20 and [child.number for child in children] == list(range(60, 80))
+    good = {(name, value) for number in (*range(5), 7, 8) for name, value in trials[number].settings.items()}
+    new = [len(set(child.settings.items()) - good) for child in children]
+    assert max(new) <= 1 and 0 in new
+    assert draw_children(trials[:1], {}, TuneOptions()) == []
 
 
 def test_an_engine_can_keep_what_does_not_change():
@@ -226,6 +244,15 @@ def test_pictures_are_picked_over_all_names():
     assert pick_samples(names, 20) == names and pick_samples(names[::-1], 1) == ["f04"]
     with pytest.raises(ValueError, match="no image has a reference"):
         pick_samples([], 2)
+
+
+def test_settings_take_the_place_of_flags():
+    args = argparse.Namespace(level=3, blur=1.0)
+    changed = with_settings(args, {"level": 7})
+    assert vars(changed) == {"level": 7, "blur": 1.0} and args.level == 3
+    with pytest.raises(ValueError, match="lvel: no flags of this command"):
+        with_settings(args, {"lvel": 7})
+    assert prefixed({"points": [1], "sam_min": [2]}, "sam_") == {"sam_points": [1], "sam_min": [2]}
 
 
 def test_flags():
