@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import re
 import warnings
 import zipfile
 import zlib
@@ -39,6 +40,7 @@ ENGINE = "sam"
 REVISION = 1  # of the way pictures are encoded: raise it when that changes
 EVERYTHING_IOU, EVERYTHING_STABILITY = 0.88, 0.95  # as segment-anything has them
 DUPLICATE_IOU = 0.7  # of boxes, without a detector
+KEPT_NAME = re.compile(r"[0-9a-f]{64}\.npz")
 DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
@@ -129,7 +131,9 @@ class EmbeddingCache:
 
     def _shrink(self, newest: Path) -> None:
         found = []
-        for path in self.folder.glob("*.npz"):
+        for path in self.folder.iterdir():
+            if not KEPT_NAME.fullmatch(path.name):  # somebody else's
+                continue
             try:
                 status = path.stat()
             except FileNotFoundError:  # another process was quicker

@@ -467,12 +467,12 @@ def test_a_damaged_file_is_computed_anew(tmp_path, damage):
 def test_the_folder_stays_within_its_size(tmp_path):
     one = 3 * 64 * 64 * 2
     sam = Sam(BoxPainter(), SamOptions(cache=tmp_path, cache_gb=3.5 * one / 1e9))
-    (tmp_path / "notes.txt").write_text("not ours")
+    (tmp_path / "mine.npz").write_bytes(bytes(3 * one))  # somebody else's, and older than all of ours
     pictures = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), np.uint8)
     for image in pictures:
         sam.encode(image)
-    assert len(list(tmp_path.glob("*.npz"))) == 3
-    assert (tmp_path / "notes.txt").exists() and not list(tmp_path.glob("*.tmp"))
+    assert len(files_of(tmp_path)) == 1 + 3
+    assert (tmp_path / "mine.npz").exists()
     sam.network.squares.clear()
     sam.encode(pictures[6])
     assert sam.network.squares == []  # the newest stayed
