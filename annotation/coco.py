@@ -103,13 +103,19 @@ def outlines_of(labels: np.ndarray) -> tuple[list[list[int]], list[bool]]:
     return [each.exterior[:-1].reshape(-1).tolist() for each in polygons], [bool(each.holes) for each in polygons]
 
 
-def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """The pixels of one annotation, (height, width) bool.
+Crop = tuple[tuple[int, int], np.ndarray]  # (left, top) and (h, w) bool
+
+
+def decode_segmentation(segmentation: Any, height: int, width: int) -> Crop:
+    """The pixels of one annotation, as a crop of the image.
 
     Args:
         segmentation: {"size": [H, W], "counts": string or list}, or a list of polygons [x, y, ...], which together
             are the object. A pixel belongs to a polygon when its centre lies inside.
         height, width: of the image.
+
+    Returns:
+        (left, top) and the pixels (h, w) bool; h or w is 0 when it covers none.
 
     Raises:
         ImageError: it is none of these, or is of another size.
@@ -118,13 +124,13 @@ def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarra
         return _decode_runs(segmentation, height, width)
     if isinstance(segmentation, list) and segmentation:
         parts = segmentation if isinstance(segmentation[0], list) else [segmentation]
-        return _decode_polygons(parts, height, width)
+        return paint_shapes([Shape(None, (_read_ring(part),)) for part in parts], height, width)
     raise ImageError(
         f"has the segmentation {str(segmentation)[:40]}; expected run lengths {{size, counts}} or a list of polygons"
     )
 
 
-def _decode_runs(segmentation: dict[str, Any], height: int, width: int) -> np.ndarray:
+def _decode_runs(segmentation: dict[str, Any], height: int, width: int) -> Crop:
     size, counts = segmentation.get("size"), segmentation["counts"]
     if size != [height, width]:
         raise ImageError(f"has run lengths of size {size}; expected [{height}, {width}] as the image")
@@ -134,18 +140,52 @@ def _decode_runs(segmentation: dict[str, Any], height: int, width: int) -> np.nd
         raise ImageError(f"has run lengths that cannot be read ({error}); expected counts of pixels") from error
     if (values < 0).any() or values.sum() != height * width:
         raise ImageError(f"has run lengths of {values.sum()} pixels; expected {height * width} as the image")
-    flat = np.repeat(np.arange(len(values)) % 2 == 1, values)
-    return np.ascontiguousarray(flat.reshape(width, height).T)
+    ends = np.cumsum(values)
+    inside = np.flatnonzero((np.arange(len(values)) % 2 == 1) & (values > 0))
+    if not len(inside):
+        return (0, 0), np.zeros((0, 0), bool)
+    left, right = int(ends[inside[0] - 1]) // height, (int(ends[inside[-1]]) - 1) // height + 1
+    edges = np.clip(ends, left * height, right * height)
+    lengths = np.diff(edges, prepend=left * height)
+    columns = np.repeat(np.arange(len(values)) % 2 == 1, lengths).reshape(right - left, height)
+    return _trim(left, 0, columns.T)
 
 
-def _decode_polygons(parts: Sequence[Any], height: int, width: int) -> np.ndarray:
-    mask = np.zeros((height, width), bool)
-    for part in parts:
-        try:
-            points = np.array(part, np.float64).reshape(-1, 2)
-        except (ValueError, TypeError, OverflowError) as error:
-            raise ImageError("has a polygon that is no list of numbers x, y, x, y, ...") from error
-        if len(points) < 3 or not np.isfinite(points).all():
-            raise ImageError(f"has a polygon of {len(points)} points; expected at least three finite ones")
-        mask |= rasterise([Shape(None, (np.concatenate([points, points[:1]]),))], 0, 0, height, width)
-    return mask
+def _trim(left: int, top: int, mask: np.ndarray) -> Crop:
+    """Cut empty rows and columns off."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not len(rows):
+        return (left, top), mask[:0, :0]
+    part = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    return (left + int(columns[0]), top + int(rows[0])), np.ascontiguousarray(part)
+
+
+def _read_ring(part: Any) -> np.ndarray:
+    """A closed ring (n, 2) of a list x, y, x, y, ..."""
+    try:
+        points = np.array(part, np.float64).reshape(-1, 2)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ImageError("has a polygon that is no list of numbers x, y, x, y, ...") from error
+    if len(points) < 3 or not np.isfinite(points).all():
+        raise ImageError(f"has a polygon of {len(points)} points; expected at least three finite ones")
+    return np.concatenate([points, points[:1]])
+
+
+def paint_shapes(shapes: Sequence[Shape], height: int, width: int) -> Crop:
+    """The pixels of an image that lie in any of some shapes, as a crop.
+
+    One that holds no pixel's centre is the pixel in its middle, so that no object vanishes.
+
+    Args:
+        shapes: in pixel corners of the image, at least one. height, width: of the image.
+    """
+    points = np.clip(np.concatenate([ring for shape in shapes for ring in shape.rings]), -1, (width + 1, height + 1))
+    left, top = np.maximum(0, np.floor(points.min(axis=0))).astype(int).tolist()
+    right, bottom = np.minimum((width, height), np.ceil(points.max(axis=0))).astype(int).tolist()
+    if right <= left or bottom <= top:
+        return (0, 0), np.zeros((0, 0), bool)
+    crop = _trim(left, top, rasterise(shapes, top, left, bottom - top, right - left))
+    if crop[1].size:
+        return crop
+    x, y = np.floor((points.min(axis=0) + points.max(axis=0)) / 2).astype(int).tolist()
+    return (min(max(x, left), right - 1), min(max(y, top), bottom - 1)), np.ones((1, 1), bool)
