@@ -125,30 +125,41 @@ class Stitcher:
             found: labels as large as the window.
         """
         labels, count = found.labels, len(found)
+        if not count:
+            self._beside = []
+            return
         cut = self._cut_off(window, labels, count)
         target, painted = self._choose(window, labels, cut)
         top, left, bottom, right = window.box
         below = self.canvas[top - self.top : bottom - self.top, left:right]
-        free = below == 0
-        gained = np.bincount(target[free], minlength=count + 1)
+        wanted = np.bincount(target.ravel(), minlength=count + 1)
+        covered = below > 0
+        there, here = below[covered], target[covered]
+        gained = wanted - np.bincount(here, minlength=count + 1)
         pairs = self._partners(window, labels, cut)
         joined = np.zeros(count + 1, bool)
         joined[pairs[:, 1]] = True
-        taken = painted & (gained > 0) & (joined | ~_doubled(target, below, gained))
+        taken = painted & (gained > 0) & (joined | ~_doubled(there, here, wanted, gained))
         numbers = np.where(taken, np.cumsum(taken) + self._count, 0).astype(np.int32)
-        np.copyto(below, numbers[target], where=free)
-        self._remember(window, np.where(cut, numbers, 0)[labels])
+        np.copyto(below, _look_up(numbers, target), where=~covered)
+        self._remember(window, labels, np.where(cut, numbers, 0))
         self._note(found, np.flatnonzero(taken), gained, numbers, pairs[taken[pairs[:, 1]]])
 
     def _choose(self, window: Window, labels: np.ndarray, cut: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Labels of the pixels that this window may paint, (h, w), and of which objects they are, (count + 1,) bool."""
         core = window.local(window.core)
-        reach = window.local(grow(window.core, self.margin // REACH, self.height, self.width))
-        inside, near = (np.bincount(labels[box].ravel(), minlength=len(cut)) > 0 for box in (core, reach))
-        whole, part = near & ~cut, inside & cut
+        inside, near = np.zeros((2, len(cut)), bool)
+        inside[labels[core]] = True
+        rows, columns = window.local(grow(window.core, self.margin // REACH, self.height, self.width))
+        for edge in (slice(rows.start, core[0].start), slice(core[0].stop, rows.stop)):
+            near[labels[edge, columns]] = True
+        for edge in (slice(columns.start, core[1].start), slice(core[1].stop, columns.stop)):
+            near[labels[rows, edge]] = True
+        whole, part = (inside | near) & ~cut, inside & cut
         whole[0] = part[0] = False
-        target = np.where(whole[labels], labels, 0)
-        np.copyto(target[core], labels[core], where=part[labels[core]])
+        target = _look_up(np.arange(len(cut), dtype=np.int32) * whole, labels)
+        if part.any():
+            np.copyto(target[core], labels[core], where=_look_up(part, labels[core]))
         return target, whole | part
 
     def _note(
@@ -198,17 +209,17 @@ class Stitcher:
             result.append(np.stack([other[matched], own[matched]], axis=1))
         return np.concatenate(result)
 
-    def _remember(self, window: Window, numbers: np.ndarray) -> None:
-        """Keep the objects that the window cuts off, where later windows overlap it."""
+    def _remember(self, window: Window, labels: np.ndarray, numbers: np.ndarray) -> None:
+        """Keep the objects that the window cuts off, numbers (count + 1,), where later windows overlap it."""
         top, left, bottom, right = window.box
         self._beside = []
         if not numbers.any():
             return
         across, down = max(left, window.core[3] - self.margin), max(top, window.core[2] - self.margin)
         if right > window.core[3]:
-            self._beside = [((top, across, bottom, right), numbers[:, across - left :].copy())]
+            self._beside = [((top, across, bottom, right), numbers[labels[:, across - left :]])]
         if bottom > window.core[2]:
-            self._below.append(((down, left, bottom, right), numbers[down - top :].copy()))
+            self._below.append(((down, left, bottom, right), numbers[labels[down - top :]]))
 
     def end_row(self, window: Window) -> np.ndarray:
         """Rows that no later window changes, (h, W) int32, after the last window of a row of them."""
@@ -222,25 +233,29 @@ class Stitcher:
         return done
 
 
-def _doubled(target: np.ndarray, canvas: np.ndarray, gained: np.ndarray) -> np.ndarray:
+def _look_up(table: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    return np.take(table, labels, mode="clip")  # takes half the time of "raise"
+
+
+def _doubled(there: np.ndarray, here: np.ndarray, wanted: np.ndarray, gained: np.ndarray) -> np.ndarray:
     """Which labels are objects that the canvas has already, (count + 1,) bool.
 
     More than SAME of their pixels are taken, or they cover more than SAME of an object there that is not much smaller.
 
     Args:
-        target: labels (h, w) to paint. canvas: provisional numbers (h, w). gained: free pixels below each label.
+        there, here: of the pixels of the window that are painted already, (m,): the number and the label to paint.
+        wanted, gained: pixels of each label, and those that are free.
     """
     count = len(gained)
-    wanted = np.bincount(target.ravel(), minlength=count)
     result = wanted - gained > SAME * wanted
     some = (gained > 0) & (gained < wanted) & ~result
     some[0] = False
     if not some.any():
         return result
-    shared = (canvas > 0) & some[target]
-    keys, amounts = np.unique(canvas[shared].astype(np.int64) * count + target[shared], return_counts=True)
+    shared = some[here]
+    keys, amounts = np.unique(there[shared].astype(np.int64) * count + here[shared], return_counts=True)
     other, own = np.divmod(keys, count)
-    there = np.bincount(canvas.ravel(), minlength=int(other.max()) + 1)[other]
-    same = (amounts > SAME * there) & (there > NOT_SMALLER * wanted[own])
+    area = np.bincount(there)[other]
+    same = (amounts > SAME * area) & (area > NOT_SMALLER * wanted[own])
     result[own[same]] = True
     return result

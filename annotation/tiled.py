@@ -17,7 +17,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from annotation.instances import Instances, empty_instances, find_runs, join_runs
+from annotation.instances import Instances, Runs, empty_instances, find_runs, join_runs
 from annotation.stitching import Parts, Stitcher, Window, plan_windows
 from annotation.tiled_rows import ObjectRows
 from regions import Band, Bands, join_components
@@ -41,7 +41,7 @@ class TileOptions:
         workers: windows in work at once; engines that leave Python's lock (OpenCV, ONNX Runtime) gain.
     """
 
-    tile: int = 1024
+    tile: int = 2048
     margin: int = 256
     workers: int = 1
 
@@ -245,12 +245,14 @@ class Joined:
     """Objects made of parts; entry 0 is the background.
 
     Attributes:
-        group: object that each provisional number belongs to, before pieces are dropped: (parts + 1,) int64.
+        group: object that each provisional number belongs to, before pieces are dropped: (parts + 1,) int32.
+        joins: whether any two parts are one object.
         numbers: of each piece, in the order of the pass over the bands: (pieces + 1,) uint32, 0 for what is dropped.
         areas, scores, engines: of the objects 1..n, (n + 1,) each; engines are names.
     """
 
     group: np.ndarray
+    joins: bool
     numbers: np.ndarray
     areas: np.ndarray
     scores: np.ndarray
@@ -267,71 +269,71 @@ def join_parts(bands: Bands, parts: Parts) -> Joined:
         bands: provisional numbers (h, W).
         parts: what stitching knows of them.
     """
-    group = np.concatenate([[0], join_components(parts.pairs, len(parts)) + 1]) if len(parts) else np.zeros(1, np.int64)
+    group = np.zeros(len(parts) + 1, np.int32)
+    group[1:] = join_components(parts.pairs, len(parts)) + 1
     owners, areas, seams = [np.zeros(1, np.int64)], [np.zeros(1, np.int64)], [np.zeros((0, 2), np.int64)]
-    count, above, above_ids = 0, None, np.zeros(0, np.int64)
-    for labels, pieces, values, sizes in _pieces(bands, group):
-        ids = pieces + (pieces > 0) * count
-        if above is not None:
-            meet = (labels[0] == above) & (above > 0)
-            seams.append(np.unique(np.stack([above_ids[meet], ids[0][meet]], axis=1), axis=0))
-        owners.append(values)
-        areas.append(sizes)
-        count += len(values)
-        above, above_ids = labels[-1].copy(), ids[-1].copy()
+    count, above, above_ids = 0, np.zeros(0, np.int64), np.zeros(0, np.int64)
+    for runs, pieces in _pieces(bands, group, joins=len(parts.pairs) > 0):
+        number = int(pieces.max()) + 1
+        owner = np.zeros(number, np.int64)
+        owner[pieces] = runs.values
+        for first in (True, False):
+            row = (runs.rows == 0) if first else (runs.rows == runs.shape[0] - 1)
+            values, ids = (np.repeat(each[row], runs.lengths[row]) for each in (runs.values, pieces + count + 1))
+            if first and count:
+                meet = (values == above) & (values > 0)
+                seams.append(np.unique(np.stack([above_ids[meet], ids[meet]], axis=1), axis=0))
+        above, above_ids = values, ids
+        owners.append(owner)
+        areas.append(np.bincount(pieces, runs.lengths, number).astype(np.int64))
+        count += number
     owner, area = np.concatenate(owners), np.concatenate(areas)
-    whole = np.concatenate([[0], join_components(np.concatenate(seams), count) + 1]).astype(np.int64)
-    numbers, firsts, sizes = _keep_largest(owner, area, whole)
+    numbers, firsts, sizes = _keep_largest(owner, area, join_components(np.concatenate(seams), count))
     best = np.lexsort((parts.areas, group))  # the last of a group is its largest part
     lead = np.zeros(int(group.max()) + 1, np.int64)
     lead[group[best]] = best
     leads = lead[owner[firsts]]
     engines = ("", *(parts.engine_names[place] for place in parts.engines[leads[1:]].tolist()))
-    return Joined(group, numbers, sizes, parts.scores[leads], engines)
+    return Joined(group, len(parts.pairs) > 0, numbers, sizes, parts.scores[leads], engines)
 
 
-def _pieces(bands: Bands, group: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-    """Objects of each band, its pieces numbered from 1 (h, W), and the object and the pixels of each piece."""
+def _pieces(bands: Bands, group: np.ndarray, *, joins: bool) -> Iterator[tuple[Runs, np.ndarray]]:
+    """The runs of the objects (or of the parts, where nothing is to be joined) of each band, and the piece of each."""
     for _, band in bands():
-        labels = group[band.view(np.int32)]
+        labels = band.view(np.int32)
+        labels = np.take(group, labels, mode="clip") if joins else labels
         runs = find_runs(labels)
-        piece = join_runs(labels, runs)
-        inside = runs.values > 0
-        names, firsts, compact = np.unique(piece[inside], return_index=True, return_inverse=True)
-        numbers = np.zeros(len(piece), np.int64)
-        numbers[inside] = compact + 1
-        sizes = np.bincount(compact, runs.lengths[inside], len(names)).astype(np.int64)
-        yield labels, runs.paint(numbers), runs.values[inside][firsts], sizes
+        yield runs, join_runs(labels, runs)
 
 
-def _keep_largest(owner: np.ndarray, area: np.ndarray, whole: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _keep_largest(owner: np.ndarray, area: np.ndarray, joined: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Final number of each piece, first piece and pixels of each object; entry 0 of all is the background.
 
     Args:
-        owner: object of each piece. area: its pixels. whole: which pieces hang together; (pieces + 1,) each.
+        owner: object of each piece, 0 for background. area: its pixels; (pieces + 1,) each with a 0 before.
+        joined: which pieces hang together over the borders of bands, (pieces,).
     """
-    if len(owner) == 1:
-        return np.zeros(1, np.uint32), np.zeros(1, np.int64), np.zeros(1, np.int64)
-    _, firsts, joined = np.unique(whole, return_index=True, return_inverse=True)
-    sizes = np.bincount(joined, area).astype(np.int64)
+    whole = np.concatenate([[-1], joined])
+    _, firsts, place = np.unique(whole, return_index=True, return_inverse=True)
+    sizes = np.bincount(place, area).astype(np.int64)
     values = owner[firsts]
     order = np.lexsort((firsts, -sizes, values))
     best = np.ones(len(order), bool)
     best[1:] = values[order][1:] != values[order][:-1]
-    kept = np.sort(firsts[order[best]])  # the background, piece 0, is the first
+    kept = firsts[order[best]]
+    kept = np.concatenate([[0], np.sort(kept[owner[kept] > 0])])
     numbers = np.zeros(len(owner), np.uint32)
     numbers[kept] = np.arange(len(kept))
-    return numbers[firsts][joined], kept, sizes[joined[kept]]
+    return numbers[firsts][place], kept, np.where(kept > 0, sizes[place[kept]], 0)
 
 
 def label_parts(bands: Bands, joined: Joined) -> Iterator[Band]:
     """Final numbers (h, W) uint32 of the bands that join_parts saw."""
-    count, top = 0, 0
-    for labels, pieces, values, _ in _pieces(bands, joined.group):
-        table = np.concatenate([joined.numbers[:1], joined.numbers[count + 1 : count + 1 + len(values)]])
-        yield top, table[pieces]
-        count += len(values)
-        top += len(labels)
+    count, top = 1, 0
+    for runs, pieces in _pieces(bands, joined.group, joins=joined.joins):
+        yield top, runs.paint(joined.numbers[pieces + count])
+        count += int(pieces.max()) + 1
+        top += runs.shape[0]
 
 
 def _measured(
