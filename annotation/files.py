@@ -304,13 +304,57 @@ def _write(work: _Work, engines: Mapping[str, int]) -> dict[str, Any]:
     if options.panels:
         write_image(options.place("panels", work.stem), panel(work.image, work.maps))
     for kind, (suffix, data) in ours.items():
-        path = options.folder / kind / f"{work.stem}{suffix}"
-        with atomic_write(path) as file:
-            file.write(data)
-        old_path = work.states[kind].path
-        if old_path is not None and old_path != path:
-            old_path.unlink()
+        _put(options, kind, work.stem, suffix, data, work.states[kind].path)
     return record
+
+
+def store_edited(
+    options: FileOptions, stem: str, labels: np.ndarray, gt: np.ndarray, made: Literal["gt", "labels"]
+) -> None:
+    """Put labels and gt of an image in place that a person made elsewhere; an edited file there is kept aside.
+
+    It goes to <folder>/.annotate/replaced/.
+
+    Args:
+        options: where.
+        stem: of the image.
+        labels: (H, W) label map, values of any size.
+        gt: (H, W) uint8, 0 and 255.
+        made: which of the two the person made, and which follows from it.
+    """
+    record = read_record(options, stem)
+    kind = np.uint16 if labels.max(initial=0) <= PNG_LABELS else np.uint32
+    suffix, data = (".png", _encode(labels.astype(kind))) if kind == np.uint16 else (".tif", _encode_tiff(labels))
+    files = {"labels": (suffix, data), "gt": (".png", _encode(gt))}
+    states = {name: _state(options, name, stem, record) for name in files}
+    digests = {name: hashlib.sha256(content).hexdigest() for name, (_, content) in files.items()}
+    for name, state in states.items():
+        if state.path and state.edited and state.digest != digests[name]:
+            _keep_aside(options, name, state)
+    if record is not None:
+        for name, state in states.items():
+            record["edited"][name] = digests[name] if name == made else None
+            record["written"][name] = [] if name == made else [*([state.digest] if state.digest else []), digests[name]]
+        write_text(options.record(stem), json.dumps(record, ensure_ascii=False))
+    for name, (suffix, content) in files.items():
+        _put(options, name, stem, suffix, content, states[name].path)
+
+
+def _keep_aside(options: FileOptions, kind: str, state: _State) -> None:
+    """Copy a file that somebody made, before another takes its place."""
+    assert state.path is not None and state.digest is not None
+    path = options.folder / RECORDS / "replaced" / kind / f"{state.path.stem}.{state.digest[:8]}{state.path.suffix}"
+    with atomic_write(path) as file:
+        file.write(state.path.read_bytes())
+
+
+def _put(options: FileOptions, kind: str, stem: str, suffix: str, data: bytes, old: Path | None) -> None:
+    """Write gt or labels; one of another format goes."""
+    path = options.folder / kind / f"{stem}{suffix}"
+    with atomic_write(path) as file:
+        file.write(data)
+    if old is not None and old != path:
+        old.unlink()
 
 
 def _encode(array: np.ndarray) -> bytes:
@@ -325,9 +369,13 @@ def _encode_labels(labels: np.ndarray, count: int) -> tuple[str, bytes]:
     """Suffix and content of a label file: PNG of 16 bits, or TIFF of 32 when there are more objects."""
     if count <= PNG_LABELS:
         return ".png", _encode(labels.astype(np.uint16))
+    return ".tif", _encode_tiff(labels)
+
+
+def _encode_tiff(labels: np.ndarray) -> bytes:
     data = io.BytesIO()
     write_tiff(data, labels.astype(np.uint32)[..., None])
-    return ".tif", data.getvalue()
+    return data.getvalue()
 
 
 def _objects(work: _Work) -> dict[str, list[Any]]:

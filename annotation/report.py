@@ -129,9 +129,22 @@ def _write_annotations(
 
 def write_report(options: FileOptions, ranked: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> None:
     """Write report.json: sums over all images, then a line for each, the most doubtful first."""
+    report = _sums(ranked) | dict(about)
+    report.pop("per_image")
+    lines = []
+    for entry in ranked:
+        values = {name: entry["record"][name] for name in REPORT_VALUES}
+        lines.append(json.dumps({**values, "doubt": entry["doubt"], "flags": entry["flags"]}, ensure_ascii=False))
+    text = json.dumps(report, indent=2, ensure_ascii=False)[:-2]
+    body = "".join(f"{',' if k else ''}\n    {line}" for k, line in enumerate(lines))
+    write_text(options.folder / "report.json", f'{text},\n  "per_image": [{body}\n  ]\n}}\n')
+
+
+def _sums(ranked: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What report.json says about all images together."""
     records = [entry["record"] for entry in ranked]
     flags = [flag for entry in ranked for flag in entry["flags"]]
-    report: dict[str, Any] = {
+    return {
         "images": len(records),
         "objects": sum(record["objects"] for record in records),
         "edited": flags.count(EDITED),
@@ -142,15 +155,17 @@ def write_report(options: FileOptions, ranked: Sequence[Mapping[str, Any]], abou
         "mean_score": _spread([record["mean_score"] for record in records]),
         "agreement": _spread([record["agreement"] for record in records]),
         "engine_seconds": round(sum(record["seconds"] for record in records), 3),
-        **about,
+        "per_image": [],
     }
-    lines = []
-    for entry in ranked:
-        values = {name: entry["record"][name] for name in REPORT_VALUES}
-        lines.append(json.dumps({**values, "doubt": entry["doubt"], "flags": entry["flags"]}, ensure_ascii=False))
-    text = json.dumps(report, indent=2, ensure_ascii=False)[:-2]
-    body = "".join(f"{',' if k else ''}\n    {line}" for k, line in enumerate(lines))
-    write_text(options.folder / "report.json", f'{text},\n  "per_image": [{body}\n  ]\n}}\n')
+
+
+def read_about(options: FileOptions) -> dict[str, Any]:
+    """What a report holds beside the sums, as it was given to write_tables; nothing when there is no report."""
+    try:
+        report = json.loads((options.folder / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {name: value for name, value in report.items() if name not in _sums([])} if isinstance(report, dict) else {}
 
 
 def _spread(values: Sequence[float | None]) -> dict[str, float] | None:
