@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +24,7 @@ BACKENDS = ("auto", "torch", "onnx")
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 OUTPUTS = ("logits", "probabilities")
 FEW_TILES = 8  # trying a tile twice would be a good part of the work itself
+RECORDED_AFTER = 3  # calls with one shape: the first ones prepare kernels
 CACHE = "cache"  # the origin of an export that was made on the way, and may be replaced
 
 
@@ -30,7 +32,47 @@ CACHE = "cache"  # the origin of an export that was made on the way, and may be 
 # PyTorch
 
 
-def torch_forward(model: nn.Module, device: str, activation: str = "auto", *, amp: str = "no") -> Forward:
+class Replay:
+    """What a network does to one shape of batch, recorded once as a CUDA graph and then replayed.
+
+    Launched from Python, most kernels take less time than their launch, and while other threads read and write, each
+    launch waits for Python's lock. A smaller batch, the last of a picture, is filled up. Tiles of another size, and
+    networks that cannot be recorded, run as ever.
+    """
+
+    def __init__(self, run: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.run = run
+        self.calls: Counter[tuple[int, ...]] = Counter()
+        self.shape: tuple[int, ...] = ()
+        self.possible = True
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Run on (N, C, h, w); the answer is overwritten by the next call."""
+        shape = tuple(images.shape)
+        self.calls[shape] += 1
+        if self.possible and not self.shape and self.calls[shape] == RECORDED_AFTER:
+            self._record(images)
+        if shape[1:] != self.shape[1:] or len(images) > self.shape[0]:
+            return self.run(images)
+        self.images[: len(images)] = images
+        self.graph.replay()
+        return self.probs[: len(images)]
+
+    def _record(self, images: torch.Tensor) -> None:
+        self.images, self.graph = images.clone(), torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(images.device)
+        try:
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads may use the GPU
+                self.probs = self.run(self.images)
+        except RuntimeError:  # what it does hangs on values, or there is no room for a second set of activations
+            self.possible = False
+        else:
+            self.shape = tuple(images.shape)
+
+
+def torch_forward(
+    model: nn.Module, device: str, activation: str = "auto", *, amp: str = "no", fixed: bool = False
+) -> Forward:
     """Make the function that predicts with PyTorch.
 
     It runs on channels-last images whatever the layout of the weights, and leaves the network in evaluation mode. In
@@ -38,6 +80,7 @@ def torch_forward(model: nn.Module, device: str, activation: str = "auto", *, am
 
     Args:
         amp: no, or fp16 or bf16 inside autocast (GPU); probabilities are computed in float32 in any case.
+        fixed: the weights stay where they are, so that the work may be recorded (GPU), see Replay.
 
     Returns:
         A function from (N, C, h, w) float32 to probabilities (N, K, h, w) float32.
@@ -48,15 +91,19 @@ def torch_forward(model: nn.Module, device: str, activation: str = "auto", *, am
     model.to(device)
     kind = torch.device(device).type
 
+    def run(images: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(kind, enabled=amp != "no", dtype=None if amp == "no" else PRECISIONS[amp]):
+            logits = model(images)
+        with torch.autocast(kind, enabled=False):
+            return to_probabilities(logits, activation).contiguous()
+
+    predict = Replay(run) if fixed and kind == "cuda" else run
+
     @torch.inference_mode()
     def forward(batch: np.ndarray) -> np.ndarray:
         model.eval()
         try:
-            images = _to_device(batch, device)
-            with torch.autocast(kind, enabled=amp != "no", dtype=None if amp == "no" else PRECISIONS[amp]):
-                logits = model(images)
-            with torch.autocast(kind, enabled=False):
-                probs = _to_numpy(to_probabilities(logits, activation))
+            probs = _to_numpy(predict(_to_device(batch, device)))
         except torch.cuda.OutOfMemoryError as error:
             raise RuntimeError(out_of_memory(batch.shape)) from error
         if amp == "fp16" and not np.isfinite(probs.sum()) and np.isfinite(batch).all():
@@ -79,7 +126,6 @@ def _to_device(batch: np.ndarray, device: str) -> torch.Tensor:
 
 def _to_numpy(probs: torch.Tensor) -> np.ndarray:
     """Probabilities as an array of the CPU; the array owns its memory."""
-    probs = probs.contiguous()
     if probs.device.type != "cuda":
         return probs.cpu().numpy()
     result = torch.empty(probs.shape, dtype=probs.dtype, pin_memory=True)
@@ -302,7 +348,7 @@ def _load_faster(path: Path, digest: str, device: str, megapixels: float | None)
 def _load_torch(path: Path, device: str, amp: str) -> tuple[ModelConfig, Forward]:
     config, network = load_network(path)
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return config, torch_forward(network, device, config.activation, amp=amp)
+    return config, torch_forward(network, device, config.activation, amp=amp, fixed=True)
 
 
 def _load_exported(path: Path, digest: str, device: str) -> tuple[ModelConfig, Forward, str]:

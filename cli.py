@@ -84,7 +84,7 @@ def add_run_args(
     group.add_argument("-w", "--workers", type=natural, default=workers, metavar="N", help=ahead)
     if predicts:
         precisions = ("no", "bf16", "fp16")
-        group.add_argument("--amp", choices=precisions, help="precision; default: fp16 on a GPU, no on a CPU")
+        group.add_argument("--amp", choices=precisions, default="no", help="precision inside autocast, on a GPU")
     else:
         group.add_argument("--seed", type=natural, default=42, metavar="N", help="seed of everything random")
     group.add_argument(

@@ -268,7 +268,7 @@ def load_engine(
         backend = "auto"
     elif backend == "auto" and device == "cpu":
         work = sum_megapixels(setup, pairs)
-    amp = "no" if device == "cpu" or args.amp == "no" else args.amp or "fp16"
+    amp = "no" if device == "cpu" else args.amp
     forwards, names = [], [amp]
     for path in paths:
         config, forward, note = load_forward(path, device, backend=backend, megapixels=work or None, amp=amp)

@@ -72,6 +72,27 @@ def test_probabilities_are_those_of_the_cpu(tmp_path, classes, amp, gap):
         np.testing.assert_allclose(rough.sum(1), 1, atol=1e-5)
 
 
+@pytest.mark.parametrize("amp", ["no", "fp16"])
+def test_recorded_work_is_the_work_done_step_by_step(tmp_path, amp):
+    network, _ = network_and_config(tmp_path)
+    plain, recorded = torch_forward(network, "cuda", amp=amp), torch_forward(network, "cuda", amp=amp, fixed=True)
+    rng = np.random.default_rng(0)
+    for call in range(10):
+        batch = rng.standard_normal((1 if call % 4 == 3 else 2, 3, 64, 64)).astype(np.float32)
+        np.testing.assert_allclose(recorded(batch), plain(batch), atol=1e-6 if amp == "no" else 5e-3)
+
+
+def test_work_that_cannot_be_recorded_is_done_step_by_step():
+    class Waits(torch.nn.Module):
+        def forward(self, x):
+            return x[:, :1] * float(x.mean())  # its value comes back to the CPU in between
+
+    forward, batch = torch_forward(Waits(), "cuda", fixed=True), noise(1, 3, 8, 8)
+    exact = torch_forward(Waits(), "cpu")(batch)
+    for _ in range(6):
+        np.testing.assert_allclose(forward(batch), exact, atol=1e-6)
+
+
 def test_what_was_returned_is_not_written_over(tmp_path):
     forward = load_forward(write_path(tmp_path), "cuda", amp="fp16")[1]
     batches = [noise(2, 3, 32, 32) * scale for scale in (1, 2, 3)]
@@ -93,7 +114,7 @@ def test_layouts_of_arrays_do_not_matter(tmp_path):
     np.testing.assert_allclose(forward(batch[:, :, :, :48]), forward(batch[:, :, :, :48].copy()), atol=1e-6)
 
 
-@pytest.mark.parametrize("more", [(), ("--amp", "no"), ("--amp", "bf16"), ("--tta", "d4"), ("-b", "1")])
+@pytest.mark.parametrize("more", [(), ("--amp", "fp16"), ("--amp", "bf16"), ("--tta", "d4"), ("-b", "1")])
 def test_slides_get_the_masks_of_the_cpu(tmp_path, more):
     path, slide = write_path(tmp_path), write_slide(tmp_path / "slide.tif", blobs(300, 420))
     common = ["-c", str(path), "-i", str(slide), "--backend", "torch", "--thumbnails", "0"]
