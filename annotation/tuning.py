@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +20,8 @@ import numpy as np
 
 import cli
 from annotation.instances import Instances
-from annotation.scoring import score_labels
-from image_io import ImageError, write_text
+from annotation.scoring import References, score_labels
+from image_io import ImageError, read_image, write_text
 from outputs import format_csv
 
 Settings = dict[str, Any]  # name of a flag to its value; what is absent is as by default
@@ -174,9 +175,13 @@ def prefixed(space: Space, prefix: str) -> Space:
 
 
 def draw_settings(space: Space, rng: np.random.Generator, keep: float) -> Settings:
-    """A random setting; each parameter is absent, as by default, with the chance `keep`, but never all of them."""
+    """A random setting; each parameter is absent, as by default, with the chance `keep`, but never all of them.
+
+    Choices between words or switches change half as often as numbers: most of them are wrong for a kind of picture.
+    """
     names = sorted(space)
-    changed = [name for name in names if rng.random() >= keep] or [names[int(rng.integers(len(names)))]]
+    chance = {name: (1 - keep) * (1 if _is_range(space[name]) else 0.5) for name in names}
+    changed = [name for name in names if rng.random() < chance[name]] or [names[int(rng.integers(len(names)))]]
     return {name: draw_value(space[name], rng) for name in changed}
 
 
@@ -263,12 +268,15 @@ SCALES = (0.85, 1.2)  # of changed copies
 def make_rungs(samples: Sequence[Sample], seed: int) -> list[list[View]]:
     """What settings are tried on, rung after rung: crops, whole pictures, and two changed copies of each.
 
-    The rungs share no picture: the score of the last rung a setting reached is the mean over all its views.
+    What is random about a picture depends on the seed and its name, not on the other pictures.
     """
-    rng = np.random.default_rng(seed)
-    crops = [crop_view(sample, rng) for sample in samples]
-    wholes = [View(sample.image, sample.labels) for sample in samples]
-    copies = [change_view(view, scale, rng) for view in wholes for scale in SCALES]
+    crops, wholes, copies = [], [], []
+    for sample in samples:
+        rng = np.random.default_rng([seed, zlib.crc32(sample.name.encode())])
+        whole = View(sample.image, sample.labels)
+        crops.append(crop_view(sample, rng))
+        wholes.append(whole)
+        copies += [change_view(whole, scale, rng) for scale in SCALES]
     return [crops, wholes, copies]
 
 
@@ -437,6 +445,37 @@ def write_tuning(folder: Path, tuning: Tuning, fixed: Mapping[str, Any] | None =
     }
     write_text(path, json.dumps(result, indent=1, default=str) + "\n")
     return path
+
+
+def read_samples(images: Mapping[str, Path], references: References, count: int) -> tuple[list[Sample], list[str]]:
+    """Read the pictures to tune on: `count` of those with a reference that has objects, spread evenly over their names.
+
+    Returns:
+        The pictures, and what could not be read; another picture takes its place.
+
+    Raises:
+        ImageError: none can be read, or none has a reference.
+    """
+    stems = [stem for stem in images if stem in references]
+    samples, failures = list[Sample](), list[str]()
+    chosen = pick_samples(stems, count)
+    for stem in [*chosen, *(stem for stem in sorted(stems) if stem not in chosen)]:
+        if len(samples) == count:
+            break
+        try:
+            image = read_image(images[stem])
+            labels = references.read(stem, (image.shape[0], image.shape[1]))
+        except (OSError, ImageError) as error:
+            failures.append(str(error))
+            continue
+        if labels.any():
+            samples.append(Sample(stem, image, labels))
+    if not samples:
+        reasons = "; ".join(failures[:3]) or "their references hold no object"
+        raise ImageError(
+            f"no image of {references.folder} can be tuned on: {reasons}; expected references with objects"
+        )
+    return sorted(samples, key=lambda sample: sample.name), failures
 
 
 def pick_samples(stems: Sequence[str], count: int) -> list[str]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import cli
 from annotation.instances import number_instances
-from annotation.scoring import connected_objects, score_args, score_labels
+from annotation.scoring import References, ScoreOptions, connected_objects, score_args, score_labels
 from annotation.tuning import (
     Sample,
     Trial,
@@ -30,12 +30,14 @@ from annotation.tuning import (
     options_from,
     pick_samples,
     prefixed,
+    read_samples,
     survivors,
     tune,
     tune_args,
     with_settings,
     write_tuning,
 )
+from image_io import ImageError, write_image, write_mask
 
 SPACE = {"level": (20, 240, "linear"), "blur": (0.3, 8.0, "log"), "close": [0, 3, 5], "unused": ["a", "b"]}
 
@@ -244,6 +246,39 @@ def test_pictures_are_picked_over_all_names():
     assert pick_samples(names, 20) == names and pick_samples(names[::-1], 1) == ["f04"]
     with pytest.raises(ValueError, match="no image has a reference"):
         pick_samples([], 2)
+
+
+def write_scenes(folder, count=4):
+    for number in range(count):
+        sample = scene(number)
+        write_image(folder / "images" / f"s{number}.png", sample.image)
+        write_mask(folder / "gt" / f"s{number}.png", sample.labels.astype(np.uint16))
+    images = {path.stem: path for path in (folder / "images").iterdir()}
+    return images, References(ScoreOptions(folder / "gt"))
+
+
+def test_pictures_are_read_with_their_references(tmp_path):
+    images, references = write_scenes(tmp_path)
+    samples, failures = read_samples(images, references, 2)
+    assert [sample.name for sample in samples] == ["s1", "s2"] and failures == []
+    assert np.array_equal(samples[0].image, scene(1).image)
+    assert len(score_labels(samples[0].labels, scene(1).labels).objects.true_diameters) > 5
+    assert len(read_samples(images, references, 9)[0]) == 4
+
+
+def test_others_take_the_place_of_pictures_that_cannot_be_tuned_on(tmp_path):
+    images, references = write_scenes(tmp_path)
+    images["s1"].write_bytes(b"no picture")
+    write_mask(tmp_path / "gt" / "s2.png", np.zeros((200, 240), np.uint8))
+    samples, failures = read_samples(images, references, 2)
+    assert [sample.name for sample in samples] == ["s0", "s3"]
+    assert len(failures) == 1 and "s1.png" in failures[0]
+    with pytest.raises(ImageError, match="can be tuned on: .*s1.png"):
+        read_samples({"s1": images["s1"]}, references, 2)
+    with pytest.raises(ImageError, match="their references hold no object"):
+        read_samples({"s2": images["s2"]}, references, 2)
+    with pytest.raises(ImageError, match="no image has a reference"):
+        read_samples({"other": images["s0"]}, references, 2)
 
 
 def test_settings_take_the_place_of_flags():
