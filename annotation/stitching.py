@@ -6,6 +6,7 @@ about the same pixels is dropped. So an object smaller than the margin comes fro
 that goes on beyond its window is painted in the core alone and joined to what the neighbours see of it in the overlap.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -231,6 +232,30 @@ class Stitcher:
         self.top = end
         self.above, self._below, self._beside = self._below, [], []
         return done
+
+    def state(self) -> dict[str, np.ndarray]:
+        """All that is known between two rows of windows, as plain arrays."""
+        parts = self.parts()
+        boxes = np.array([box for box, _ in self.above], np.int64).reshape(-1, 4)
+        overlap = self.canvas[: min(len(self.canvas), 2 * self.margin)]  # the rest of it is empty
+        known = {
+            "top": np.array(self.top),
+            "canvas": overlap,
+            "boxes": boxes,
+            "names": np.array(parts.engine_names, str),
+        }
+        known |= {f"above{number}": numbers for number, (_, numbers) in enumerate(self.above)}
+        return known | {name: getattr(parts, name) for name in ("scores", "areas", "engines", "pairs")}
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Go on where state() was called, in a stitcher of the same size."""
+        self.top = int(state["top"])
+        self.canvas[: len(state["canvas"])] = state["canvas"]
+        boxes = [tuple(box) for box in state["boxes"].tolist()]
+        self.above = [(box, state[f"above{number}"]) for number, box in enumerate(boxes)]
+        scores, areas, engines, pairs = (state[name] for name in ("scores", "areas", "engines", "pairs"))
+        self._parts = [Parts(scores, areas, engines, pairs, tuple(state["names"].tolist()))]
+        self._count = len(self._parts[0])
 
 
 def _look_up(table: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ label map and the mask. Memory grows with width x tile and with the number of ob
 """
 
 import shutil
+import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +21,7 @@ import numpy as np
 from annotation.instances import Instances, Runs, empty_instances, find_runs, join_runs
 from annotation.stitching import Parts, Stitcher, Window, plan_windows
 from annotation.tiled_rows import ObjectRows
+from image_io import atomic_write
 from regions import Band, Bands, join_components
 from slide_io import Grid
 from slide_writer import Job, Layer, open_job
@@ -27,6 +29,8 @@ from slide_writer import Job, Layer, open_job
 Engine = Callable[[np.ndarray], Instances]
 
 SAMPLE_SIDE, SAMPLE_ACROSS, CANDIDATES = 512, 3, 6  # windows of a sample, those looked at along each side
+STATE = "state.npz"  # of a run, beside the spool
+FORMAT = 1  # raised when the same windows give other objects
 BAND_PIXELS = 1 << 24  # looked at together in the passes over the spool
 
 
@@ -112,6 +116,7 @@ def annotate_tiled(
     options: TileOptions,
     files: TiledFiles,
     *,
+    digest: str = "",
     take_rows: Callable[[list[dict[str, Any]]], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> TiledResult:
@@ -122,6 +127,8 @@ def annotate_tiled(
         engine: called with windows (h, w, C); its options are fixed, see sample_picture.
         options: the windows.
         files: the results.
+        digest: of the picture, the engine and its options; with one, a run that was killed goes on with the row of
+            windows that was in work. Without one it begins anew.
         take_rows: gets the rows of the objects (see instances.object_rows) in portions, as the objects end.
         progress: called with windows done and windows in all.
 
@@ -131,11 +138,15 @@ def annotate_tiled(
         OSError: a file cannot be written; results of an earlier run stay as they were.
     """
     with ExitStack() as stack:
-        draft = stack.enter_context(_open(files.work / "draft", grid, {"draft": np.uint32}))
-        parts = _draw_draft(grid, engine, options, draft, progress)
+        key = f"{FORMAT} {options.tile} {options.margin} {digest}" if digest else ""
+        key = f"{FORMAT} {options.tile} {options.margin} {digest}" if digest else ""
+        draft, state = _open_draft(files.work / "draft", key, grid)
+        stack.callback(draft.close)
+        spool = _Spool(draft, Stitcher(grid.height, grid.width, options.tile, options.margin), key, state)
+        parts = _draw_draft(grid, engine, options, spool, progress)
         bands = _portions(draft, grid.width)
         joined = join_parts(bands, parts)
-        final = stack.enter_context(_open(files.work / "final", grid, {"labels": np.uint32, "mask": np.uint8}))
+        final = stack.enter_context(_open_anew(files.work / "final", "", grid, {"labels": np.uint32, "mask": np.uint8}))
         numbered = _measured(label_parts(bands, joined), grid, joined, files.mm_per_pixel, take_rows)
         covered = 0
         for _, labels, mask in mask_bands(numbered, joined.areas, files.gap):
@@ -149,34 +160,87 @@ def annotate_tiled(
     return TiledResult(grid.height, grid.width, len(joined), covered, list(grid.damage))
 
 
-def _open(folder: Path, grid: Grid, kinds: dict[str, Any]) -> Job:
-    """A job that begins anew: what a killed run left of it is dropped."""
+def _open(folder: Path, key: str, grid: Grid, kinds: dict[str, Any]) -> Job:
     layers = [Layer(name, grid.height, grid.width, 1, kind, "nearest", pyramid=False) for name, kind in kinds.items()]
-    job = open_job(folder, "", layers)
-    if job.rows_done:
-        job.remove()
-        job = open_job(folder, "", layers)
-    return job
+    return open_job(folder, key, layers)
+
+
+def _open_anew(folder: Path, key: str, grid: Grid, kinds: dict[str, Any]) -> Job:
+    """A job without what a killed run left of it."""
+    _open(folder, key, grid, kinds).remove()
+    return _open(folder, key, grid, kinds)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Windows
 
 
+def _open_draft(folder: Path, key: str, grid: Grid) -> tuple[Job, dict[str, np.ndarray] | None]:
+    """The job of provisional numbers, and the state in which a run with the same key left it."""
+    kinds = {"draft": np.uint32}
+    job = _open(folder, key, grid, kinds)
+    try:
+        with np.load(folder / STATE) as stored:
+            state = dict(stored)
+        if key and str(state["key"]) == key and int(state["start"]) <= job.rows_done:
+            return job, state
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        pass  # none, or a damaged one
+    job.close()
+    return _open_anew(folder, key, grid, kinds), None
+
+
+class _Spool:
+    """Finished rows on their way from a stitcher to a job, noted so that a run that is killed can go on.
+
+    Attributes:
+        rows: of windows that are done.
+    """
+
+    def __init__(self, draft: Job, stitcher: Stitcher, key: str, state: dict[str, np.ndarray] | None) -> None:
+        """With a state everything is brought to where it was."""
+        self.stitcher, self.rows = stitcher, 0
+        self._draft, self._key = draft, key
+        self._start, self._unsafe = 0, np.zeros((0, stitcher.width), np.int32)  # rows that only the state has
+        if state is not None:
+            stitcher.restore(state)
+            self.rows, self._start = int(state["rows"]), int(state["start"])
+            self._take(state["unsafe"])
+
+    def end_row(self, window: Window) -> None:
+        """Take the rows that the last window of a row finished."""
+        self._take(self.stitcher.end_row(window))
+        self.rows += 1
+        if self._key:
+            with atomic_write(self._draft.folder / STATE) as handle:
+                own = {"key": np.array(self._key), "rows": np.array(self.rows), "start": np.array(self._start)}
+                known: dict[str, Any] = self.stitcher.state() | own | {"unsafe": self._unsafe}
+                np.savez(handle, **known)
+
+    def _take(self, rows: np.ndarray) -> None:
+        first = self._start + len(self._unsafe)
+        fresh = rows[max(0, self._draft.rows_done - first) :] if self._draft.rows_done > first else rows
+        if len(fresh):
+            self._draft.append({"draft": fresh.view(np.uint32)})
+        self._unsafe = np.concatenate([self._unsafe, rows])
+        safe = min(max(0, self._draft.rows_done - self._start), len(self._unsafe))
+        self._unsafe, self._start = self._unsafe[safe:], self._start + safe
+
+
 def _draw_draft(
-    grid: Grid, engine: Engine, options: TileOptions, draft: Job, progress: Callable[[int, int], None] | None
+    grid: Grid, engine: Engine, options: TileOptions, spool: _Spool, progress: Callable[[int, int], None] | None
 ) -> Parts:
-    stitcher = Stitcher(grid.height, grid.width, options.tile, options.margin)
     rows = plan_windows(grid.height, grid.width, options.tile, options.margin)
-    windows = [window for row in rows for window in row]
+    windows = [window for row in rows[spool.rows :] for window in row]
     lasts = {id(row[-1]) for row in rows}
+    total = len(rows) * len(rows[0])
     for number, (window, found) in enumerate(run_engine(grid, engine, windows, options.workers), start=1):
-        stitcher.add(window, found)
+        spool.stitcher.add(window, found)
         if id(window) in lasts:
-            draft.append({"draft": stitcher.end_row(window).view(np.uint32)})
+            spool.end_row(window)
         if progress is not None:
-            progress(number, len(windows))
-    return stitcher.parts()
+            progress(total - len(windows) + number, total)
+    return spool.stitcher.parts()
 
 
 def run_engine(

@@ -237,6 +237,71 @@ def test_an_error_of_the_engine_comes_through_and_leaves_earlier_results(tmp_pat
     assert np.array_equal(before, again)
 
 
+@pytest.mark.parametrize("stop", [0, 3, 6, 11, 17, 21])
+@pytest.mark.parametrize("late", [False, True])
+def test_a_killed_run_goes_on_with_the_row_in_work(tmp_path, monkeypatch, stop, late):
+    """Kills between windows, and between the rows that are safe and the note about them."""
+    image = np.where(cv2.GaussianBlur(discs(7, (1300, 200), (5, 40), 20), (0, 0), 3) > 100, 220, 30).astype(np.uint8)
+    image = image.reshape(1300, 200, 1)
+    options, whole = TileOptions(128, 32), components(image)  # 11 rows of 2 windows
+    path = tmp_path / "in.tif"
+    tifffile.imwrite(path, image[..., 0])
+    files = TiledFiles(tmp_path / "labels.tif", tmp_path / "mask.tif", tmp_path / "work")
+    calls = []
+
+    def engine(window: np.ndarray) -> Instances:
+        calls.append(window.shape)
+        if len(calls) == stop + 1 and not late:
+            raise KeyboardInterrupt
+        return components(window)
+
+    written = tiled.atomic_write
+
+    def stopping(target):
+        if late and len(calls) > stop:
+            raise KeyboardInterrupt
+        return written(target)
+
+    def annotate():
+        with open_slide(path) as slide:
+            return annotate_tiled(slide.grid(), engine, options, files, digest="a")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tiled, "atomic_write", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            annotate()
+    before, safe_rows = len(calls), stop // 2
+    stop = 10**6
+    result = annotate()
+    assert result.objects == len(whole)
+    assert np.array_equal(tifffile.imread(files.labels), whole.labels)
+    assert len(calls) - before == 22 - 2 * safe_rows
+
+
+def test_a_digest_of_something_else_begins_anew(tmp_path):
+    first, second = discs(1, (600, 80)), discs(2, (600, 80))
+    calls = []
+
+    def engine(window: np.ndarray) -> Instances:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return components(window)
+
+    files = TiledFiles(tmp_path / "labels.tif", tmp_path / "mask.tif", tmp_path / "work")
+    for name, image in (("first", first), ("second", second)):
+        tifffile.imwrite(tmp_path / f"{name}.tif", image[..., 0])
+        with open_slide(tmp_path / f"{name}.tif") as slide:
+            how = slide.grid(), engine, TileOptions(64, 16), files
+            if name == "first":
+                with pytest.raises(KeyboardInterrupt):
+                    annotate_tiled(*how, digest=name)
+                (files.work / "draft" / "state.npz").write_bytes(b"damaged")
+            else:
+                annotate_tiled(*how, digest=name)
+    assert np.array_equal(tifffile.imread(files.labels), components(second).labels)
+
+
 def test_pixels_without_data_hold_no_object(tmp_path):
     image = np.full((100, 120), 200, np.uint8)
     image[:, 40:60] = 7
