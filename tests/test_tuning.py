@@ -14,19 +14,13 @@ import cli
 from annotation.instances import number_instances
 from annotation.scoring import References, ScoreOptions, connected_objects, score_args, score_labels
 from annotation.tuning import (
-    Sample,
     Trial,
     TuneOptions,
-    View,
-    change_tones,
-    change_view,
     choose,
-    crop_view,
     draw_children,
     draw_settings,
     draw_trials,
     draw_value,
-    make_rungs,
     options_from,
     pick_samples,
     prefixed,
@@ -37,6 +31,7 @@ from annotation.tuning import (
     with_settings,
     write_tuning,
 )
+from annotation.tuning_views import Sample, View, change_tones, change_view, crop_view, make_rungs, take_window
 from image_io import ImageError, write_image, write_mask
 
 SPACE = {"level": (20, 240, "linear"), "blur": (0.3, 8.0, "log"), "close": [0, 3, 5], "unused": ["a", "b"]}
@@ -206,6 +201,23 @@ def test_crops_lie_in_the_picture_and_tiny_pictures_are_taken_whole():
         assert view.image.shape[:2] == view.labels.shape == (128, 152) and view.labels.any()
     tiny = Sample("tiny", np.zeros((1, 1, 1), np.uint8), np.zeros((1, 1), np.int32))
     assert [view.labels.shape for rung in make_rungs([tiny], 0) for view in rung] == [(1, 1)] * 4
+
+
+def test_views_of_a_picture_depend_on_its_name_and_the_seed_alone():
+    alone, among = make_rungs([scene(1)], 0), make_rungs([scene(0), scene(1)], 0)
+    for first, second in zip(alone, among, strict=True):
+        for one, other in zip(first, second[len(second) // 2 :], strict=True):
+            assert np.array_equal(one.image, other.image) and np.array_equal(one.labels, other.labels)
+    assert not np.array_equal(make_rungs([scene(1)], 1)[0][0].image, alone[0][0].image)
+
+
+def test_windows_are_where_objects_are_and_as_large_as_asked():
+    sample = scene(0)
+    sample.labels[:150] = 0
+    views = [take_window(sample, (60, 70), np.random.default_rng(seed)) for seed in range(20)]
+    assert all(view.labels.shape == view.image.shape[:2] == (60, 70) for view in views)
+    assert sum(view.labels.any() for view in views) >= 18
+    assert take_window(sample, (9000, 9000), np.random.default_rng(0)).labels.shape == sample.labels.shape
 
 
 def test_files(tmp_path):
