@@ -26,12 +26,16 @@ from annotation.edits import EDITED, follow_gt, keep_scores, values_of
 from annotation.instances import ROW_COLUMNS, Instances, gap_mask, number_instances, object_rows
 from annotation.merging import agreement
 from annotation.overlays import overlay, panel
+from geojson import GeoJsonWriter
 from image_headers import ImageError
 from image_io import IMAGE_SUFFIXES, atomic_write, file_stem, read_mask, write_image, write_text
+from polygons import trace_labels
 from tiff_io import write_tiff
 
 RECORDS = ".annotate"
 VERSION = 1  # of records
+SUFFIXES = {"yolo": ".txt", "overlays": ".png", "panels": ".png", "geojson": ".geojson"}
+OVERLAY_SIDE = 4096  # pixels of an overlay's longer side; of larger images every second pixel is shown, and so on
 PNG_LABELS = 65_535  # objects that a 16-bit label map holds
 
 
@@ -45,6 +49,7 @@ class FileOptions:
         mm_per_pixel: adds columns in millimetres to objects.csv.
         overlays: write overlays/.
         panels: write panels/.
+        geojson: write geojson/, which QuPath opens.
         gap: pixels between objects in gt, see gap_mask.
         coco: how annotations.json says masks; objects with holes are run lengths even so.
         yolo: text for a detector, or the outlines for a segmenter.
@@ -56,6 +61,7 @@ class FileOptions:
     mm_per_pixel: float | None = None
     overlays: bool = True
     panels: bool = False
+    geojson: bool = False
     gap: int = 1
     coco: Literal["rle", "polygons"] = "rle"
     yolo: Literal["detect", "segment"] = "detect"
@@ -71,17 +77,19 @@ class FileOptions:
         return self.folder / RECORDS / f"{stem}.json"
 
     def place(self, kind: str, stem: str) -> Path:
-        """Path of a file of an image: of overlays, panels, yolo, gt."""
-        return self.folder / kind / f"{stem}{'.txt' if kind == 'yolo' else '.png'}"
+        """Path of a file of an image in overlays, panels, yolo or geojson."""
+        return self.folder / kind / f"{stem}{SUFFIXES[kind]}"
+
+    @property
+    def kinds(self) -> list[str]:
+        """The folders with a file for each image, besides gt and labels."""
+        return ["yolo", *(kind for kind in ("overlays", "panels", "geojson") if getattr(self, kind))]
 
 
-def find_label_file(folder: Path, kind: str, stem: str) -> Path | None:
-    """The file of gt/ or labels/ that belongs to an image, in any format that can be read."""
-    for suffix in (*IMAGE_SUFFIXES, ".ome.tif"):
-        path = folder / kind / f"{stem}{suffix}"
-        if path.is_file():
-            return path
-    return None
+def list_label_files(folder: Path, kind: str, stem: str) -> list[Path]:
+    """The files of gt/ or labels/ that belong to an image, in all formats that can be read."""
+    paths = (folder / kind / f"{stem}{suffix}" for suffix in (*IMAGE_SUFFIXES, ".ome.tif"))
+    return [path for path in paths if path.is_file()]
 
 
 def digest_file(path: Path) -> str:
@@ -113,28 +121,46 @@ def brief(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class _State:
-    """Of gt or labels: the file there is, its digest, and whether a person made it what it is."""
+class LabelFile:
+    """The gt or the labels of an image.
+
+    Attributes:
+        path, digest: of the file there is, None without one.
+        edited: whether a person made it what it is.
+        stale: files of the same stem in other formats, which no person made.
+    """
 
     path: Path | None = None
     digest: str | None = None
     edited: bool = False
+    stale: tuple[Path, ...] = ()
 
 
-def _state(options: FileOptions, kind: str, stem: str, record: Mapping[str, Any] | None) -> _State:
-    path = find_label_file(options.folder, kind, stem)
-    if path is None:
-        return _State()
-    digest = digest_file(path)
-    if record is None or digest == record["edited"][kind]:
-        return _State(path, digest, True)
-    return _State(path, digest, digest not in record["written"][kind])
+def look_up(options: FileOptions, kind: str, stem: str, record: Mapping[str, Any] | None) -> LabelFile:
+    """What there is of gt or labels.
+
+    Raises:
+        ImageError: a person made several files for one image.
+    """
+    mine: list[tuple[Path, str]] = []
+    theirs: list[tuple[Path, str]] = []
+    for path in list_label_files(options.folder, kind, stem):
+        digest = digest_file(path)
+        written = record is not None and digest != record["edited"][kind] and digest in record["written"][kind]
+        (mine if written else theirs).append((path, digest))
+    if len(theirs) > 1:
+        names = " and ".join(path.name for path, _ in theirs)
+        raise ImageError(f"{options.folder / kind} holds {names}; expected one file for each image: remove the others")
+    if not theirs and not mine:
+        return LabelFile()
+    (path, digest), *rest = theirs + mine
+    return LabelFile(path, digest, bool(theirs), tuple(path for path, _ in rest))
 
 
 def is_edited(options: FileOptions, stem: str) -> bool:
     """Whether a person made or changed gt or labels of an image, so that neither may be written by an engine."""
     record = read_record(options, stem)
-    return any(_state(options, kind, stem, record).edited for kind in ("gt", "labels"))
+    return any(look_up(options, kind, stem, record).edited for kind in ("gt", "labels"))
 
 
 def is_done(options: FileOptions, stem: str, image_digest: str, settings_digest: str) -> bool:
@@ -145,13 +171,11 @@ def is_done(options: FileOptions, stem: str, image_digest: str, settings_digest:
     if record["made"] != options.made:
         return False
     for kind in ("gt", "labels"):
-        state = _state(options, kind, stem, record)
+        state = look_up(options, kind, stem, record)
         if state.digest is None or state.digest not in (record["written"][kind][-1:] + [record["edited"][kind]]):
             return False
-    wanted = ["yolo", *(["overlays"] if options.overlays else []), *(["panels"] if options.panels else [])]
-    return (options.folder / "images" / record["image"]).exists() and all(
-        options.place(kind, stem).is_file() for kind in wanted
-    )
+    here = (options.folder / "images" / record["image"]).exists()
+    return here and all(options.place(kind, stem).is_file() for kind in options.kinds)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -167,7 +191,7 @@ class _Work:
     image_name: str
     image: np.ndarray
     found: Instances
-    states: dict[str, _State]
+    states: dict[str, LabelFile]
     maps: dict[str, np.ndarray] = field(default_factory=dict)  # of a panel
     ids: np.ndarray | None = None  # of the objects in the label file, when these are not 1..n
     digests: tuple[str, str] = ("", "")  # of the image and the settings
@@ -211,7 +235,7 @@ def write_image_files(
     stem = file_stem(path)
     digest = image_digest or _digest(path, image)
     previous = read_record(options, stem)
-    states = {kind: _state(options, kind, stem, previous) for kind in ("gt", "labels")}
+    states = {kind: look_up(options, kind, stem, previous) for kind in ("gt", "labels")}
     if any(state.edited for state in states.values()):
         return write_edited(options, path, image, settings_digest, image_digest=digest)
     maps = {name: part.labels for name, part in parts.items()} | ({"together": found.labels} if len(parts) != 1 else {})
@@ -235,7 +259,7 @@ def write_edited(
     """
     stem = file_stem(path)
     previous = read_record(options, stem)
-    states = {kind: _state(options, kind, stem, previous) for kind in ("gt", "labels")}
+    states = {kind: look_up(options, kind, stem, previous) for kind in ("gt", "labels")}
     ids = None
     if states["labels"].edited or states["gt"].path is None:
         if states["labels"].path is None:
@@ -300,11 +324,18 @@ def _write(work: _Work, engines: Mapping[str, int]) -> dict[str, Any]:
     write_text(options.record(work.stem), json.dumps({**record, "table": objects}, ensure_ascii=False))
     write_text(options.place("yolo", work.stem), _yolo_text(work, objects))
     if options.overlays:
-        write_image(options.place("overlays", work.stem), overlay(work.image, found.labels))
+        step = -(-max(found.labels.shape) // OVERLAY_SIDE)
+        drawn = overlay(work.image[::step, ::step], np.ascontiguousarray(found.labels[::step, ::step]))
+        write_image(options.place("overlays", work.stem), drawn)
     if options.panels:
         write_image(options.place("panels", work.stem), panel(work.image, work.maps))
+    if options.geojson:
+        _write_geojson(options.place("geojson", work.stem), found)
     for kind, (suffix, data) in ours.items():
-        _put(options, kind, work.stem, suffix, data, work.states[kind].path)
+        _put(options, kind, work.stem, suffix, data, work.states[kind])
+    for kind, state in work.states.items():
+        if kind not in ours:
+            _remove_others(state, state.path)
     return record
 
 
@@ -326,7 +357,7 @@ def store_edited(
     kind = np.uint16 if labels.max(initial=0) <= PNG_LABELS else np.uint32
     suffix, data = (".png", _encode(labels.astype(kind))) if kind == np.uint16 else (".tif", _encode_tiff(labels))
     files = {"labels": (suffix, data), "gt": (".png", _encode(gt))}
-    states = {name: _state(options, name, stem, record) for name in files}
+    states = {name: look_up(options, name, stem, record) for name in files}
     digests = {name: hashlib.sha256(content).hexdigest() for name, (_, content) in files.items()}
     for name, state in states.items():
         if state.path and state.edited and state.digest != digests[name]:
@@ -337,10 +368,10 @@ def store_edited(
             record["written"][name] = [] if name == made else [*([state.digest] if state.digest else []), digests[name]]
         write_text(options.record(stem), json.dumps(record, ensure_ascii=False))
     for name, (suffix, content) in files.items():
-        _put(options, name, stem, suffix, content, states[name].path)
+        _put(options, name, stem, suffix, content, states[name])
 
 
-def _keep_aside(options: FileOptions, kind: str, state: _State) -> None:
+def _keep_aside(options: FileOptions, kind: str, state: LabelFile) -> None:
     """Copy a file that somebody made, before another takes its place."""
     assert state.path is not None and state.digest is not None
     path = options.folder / RECORDS / "replaced" / kind / f"{state.path.stem}.{state.digest[:8]}{state.path.suffix}"
@@ -348,13 +379,18 @@ def _keep_aside(options: FileOptions, kind: str, state: _State) -> None:
         file.write(state.path.read_bytes())
 
 
-def _put(options: FileOptions, kind: str, stem: str, suffix: str, data: bytes, old: Path | None) -> None:
-    """Write gt or labels; one of another format goes."""
+def _put(options: FileOptions, kind: str, stem: str, suffix: str, data: bytes, before: LabelFile) -> None:
+    """Write gt or labels; what lies there in other formats goes."""
     path = options.folder / kind / f"{stem}{suffix}"
     with atomic_write(path) as file:
         file.write(data)
-    if old is not None and old != path:
-        old.unlink()
+    _remove_others(before, path)
+
+
+def _remove_others(before: LabelFile, kept: Path | None) -> None:
+    for path in (before.path, *before.stale):
+        if path is not None and path != kept:
+            path.unlink(missing_ok=True)
 
 
 def _encode(array: np.ndarray) -> bytes:
@@ -400,6 +436,15 @@ def _yolo_text(work: _Work, objects: Mapping[str, list[Any]]) -> str:
         f"0 {(x + w / 2) / width:.6f} {(y + h / 2) / height:.6f} {w / width:.6f} {h / height:.6f}\n"
         for x, y, w, h in boxes
     )
+
+
+def _write_geojson(path: Path, found: Instances) -> None:
+    """The outlines of the objects as QuPath reads them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with GeoJsonWriter(path) as writer:
+        for polygon in trace_labels(found.labels.view(np.uint32)):
+            score = float(found.scores[polygon.label - 1])
+            writer.write(polygon, "object", measurements={"Area px^2": polygon.area, "Score": round(score, 4)})
 
 
 def _shares(outline: list[int], height: int, width: int) -> str:

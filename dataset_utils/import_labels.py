@@ -121,10 +121,8 @@ def options_for(args: argparse.Namespace, stem: str) -> "FileOptions":
     made = dict(record.get("made", options.made))
     if args.gap is not None:
         made["gap"] = args.gap
-    overlays, panels = ((args.output_dir / kind).is_dir() for kind in ("overlays", "panels"))
-    return FileOptions(
-        args.output_dir, mm_per_pixel=args.mm_per_pixel, decimal=args.decimal, overlays=overlays, panels=panels, **made
-    )
+    made |= {kind: (args.output_dir / kind).is_dir() for kind in ("overlays", "panels", "geojson")}
+    return FileOptions(args.output_dir, mm_per_pixel=args.mm_per_pixel, decimal=args.decimal, **made)
 
 
 def take_in(options: "FileOptions", labels: "Labels", image: Path, *, empty: bool, overwrite: bool) -> str:
@@ -136,15 +134,12 @@ def take_in(options: "FileOptions", labels: "Labels", image: Path, *, empty: boo
     import numpy as np
 
     from annotation.edits import follow_gt
-    from annotation.files import find_label_file, is_edited, store_edited
+    from annotation.files import is_edited, list_label_files, store_edited
     from annotation.instances import gap_mask, number_instances
     from image_io import read_mask
 
-    before = find_label_file(options.folder, "labels", labels.stem)
-    has_objects = any(
-        path is not None and read_mask(path).any()
-        for path in (before, find_label_file(options.folder, "gt", labels.stem))
-    )
+    before = list_label_files(options.folder, "labels", labels.stem)
+    has_objects = any(read_mask(path).any() for path in [*before, *list_label_files(options.folder, "gt", labels.stem)])
     if not labels.values.any() and has_objects and not empty:
         raise ValueError(
             f"{labels.source} holds no object for {labels.stem!r}, which has some; expected labels: give --empty if "
@@ -156,7 +151,7 @@ def take_in(options: "FileOptions", labels: "Labels", image: Path, *, empty: boo
             "such as annotate.py made: give --overwrite to keep those in .annotate/replaced/ and take these"
         )
     if labels.is_mask:
-        known = read_mask(before) if before is not None else None
+        known = read_mask(before[0]) if before else None
         if known is not None and known.shape != labels.values.shape:
             known = None
         gt = np.where(labels.values > 0, np.uint8(255), np.uint8(0))
@@ -175,13 +170,13 @@ def _is_same(options: "FileOptions", labels: "Labels") -> bool:
     """Whether the labels are in place already."""
     import numpy as np
 
-    from annotation.files import find_label_file
+    from annotation.files import list_label_files
     from image_io import read_mask
 
-    path = find_label_file(options.folder, "gt" if labels.is_mask else "labels", labels.stem)
-    if path is None:
+    paths = list_label_files(options.folder, "gt" if labels.is_mask else "labels", labels.stem)
+    if len(paths) != 1:
         return False
-    present = read_mask(path)
+    present = read_mask(paths[0])
     return np.array_equal(present > 0, labels.values > 0) if labels.is_mask else np.array_equal(present, labels.values)
 
 

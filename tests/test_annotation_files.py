@@ -27,8 +27,10 @@ from annotation.files import (
 from annotation.instances import gap_mask, number_instances
 from annotation.overlays import overlay, panel
 from annotation.report import write_tables
+from geojson import read_geojson
 from image_headers import ImageError
 from image_io import list_images, read_image, read_mask, write_image, write_mask
+from polygons import rasterise
 
 
 def scene(seed=0, height=90, width=120, count=25):
@@ -68,6 +70,10 @@ def annotate(options, source, stems="abc", settings="s1", **more):
 
 def done(options, source, stem="a", settings="s1"):
     return is_done(options, stem, digest_file(source[0] / f"{stem}.png"), settings)
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
 
 
 # ---- the files ----
@@ -171,8 +177,17 @@ def test_more_objects_than_16_bits_hold_need_tiff(tmp_path, monkeypatch):
     assert is_done(options, "a", digest_file(path), "s")
     monkeypatch.setattr(files, "PNG_LABELS", 65535)
     write_image_files(options, path, image, found, {}, "s2", 0.0)
-    assert list_images(options.folder / "labels").keys() == {"a"}  # the TIFF went
-    assert (options.folder / "labels" / "a.png").is_file()
+    assert [path.name for path in (options.folder / "labels").iterdir()] == ["a.png"]
+    # A kill between the writing of one format and the removal of the other:
+    monkeypatch.setattr(files, "PNG_LABELS", 10)
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_remove_others", lambda _, kept: interrupt() if kept.parent.name == "labels" else None)
+        with pytest.raises(KeyboardInterrupt):
+            write_image_files(options, path, image, found, {}, "s3", 0.0)
+    assert len(list((options.folder / "labels").iterdir())) == 2 and not is_edited(options, "a")
+    for _ in range(2):
+        write_image_files(options, path, image, found, {}, "s3", 0.0)
+        assert [path.name for path in (options.folder / "labels").iterdir()] == ["a.tif"]
 
 
 @pytest.mark.parametrize(
@@ -261,11 +276,8 @@ def test_a_kill_at_any_file_leaves_nothing_that_looks_edited(tmp_path, source, m
 def test_a_kill_of_the_first_run_leaves_nothing_that_looks_edited(tmp_path, source, monkeypatch):
     options = FileOptions(tmp_path / "out")
 
-    def fail(*_):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(files, "atomic_write", fail)
+        patch.setattr(files, "atomic_write", interrupt)
         with pytest.raises(KeyboardInterrupt):
             annotate(options, source, "a")
     assert not is_edited(options, "a") and not done(options, source)
@@ -364,6 +376,46 @@ def test_an_edited_file_of_another_size_is_named(tmp_path, source):
     with pytest.raises(ImageError, match=r"labels/a.png is 60 x 45 pixels, its image 120 x 90; expected the same size"):
         annotate(options, source, "a")
     assert read_mask(path).shape == (45, 60)
+
+
+def test_an_edit_saved_in_another_format_counts_and_ours_goes(tmp_path, source):
+    options = FileOptions(tmp_path / "out")
+    annotate(options, source)
+    mine = np.roll(source[1]["a"].labels, 5, axis=0).astype(np.uint32)
+    write_mask(options.folder / "labels" / "a.tif", mine)
+    assert is_edited(options, "a")
+    (record,) = annotate(options, source, "a")
+    assert record["label_file"] == "a.tif" and not (options.folder / "labels" / "a.png").exists()
+    np.testing.assert_array_equal(read_mask(options.folder / "labels" / "a.tif"), mine)
+    assert done(options, source)
+
+
+def test_two_files_that_a_person_made_for_one_image_are_named(tmp_path, source):
+    options = FileOptions(tmp_path / "out")
+    annotate(options, source, "a")
+    for suffix in (".tif", ".bmp"):
+        write_mask(options.folder / "gt" / f"a{suffix}", np.zeros((90, 120), np.uint8))
+    with pytest.raises(ImageError, match="gt holds a.tif and a.bmp; expected one file"):
+        annotate(options, source, "a")
+
+
+def test_qupath_reads_the_outlines(tmp_path, source):
+    options = FileOptions(tmp_path / "out", geojson=True)
+    annotate(options, source, "a")
+    assert done(options, source)
+    shapes, findings = read_geojson(options.folder / "geojson" / "a.geojson")
+    assert len(shapes) == len(source[1]["a"]) and not findings
+    np.testing.assert_array_equal(rasterise(shapes, 0, 0, 90, 120), source[1]["a"].labels > 0)
+
+
+def test_overlays_of_large_images_are_thinned(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "OVERLAY_SIDE", 50)
+    image, found = scene()
+    options = FileOptions(tmp_path / "out")
+    write_image_files(options, tmp_path / "a.png", image, found, {}, "s", 0.0)
+    drawn = read_image(options.folder / "overlays" / "a.png")
+    assert drawn.shape == (30, 40, 3)
+    np.testing.assert_array_equal(drawn[found.labels[::3, ::3] == 0], image[::3, ::3][found.labels[::3, ::3] == 0])
 
 
 def test_removing_edited_files_has_them_made_anew(tmp_path, source):

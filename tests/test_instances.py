@@ -360,3 +360,9 @@ def test_small_objects_among_large_ones_do_not_vanish():
 def test_no_object_ever_vanishes(labels, gap):
     found = number_instances(labels, 1.0, "x", pieces="all")
     assert len(np.unique(found.labels[gap_mask(found.labels, gap) > 0])) == len(found)
+
+
+def test_more_objects_than_16_bits_hold_are_parted_too():
+    labels = np.arange(1, 1 + 260 * 260, dtype=np.int32).reshape(260, 260).repeat(2, axis=0).repeat(2, axis=1)
+    mask = gap_mask(labels, 1)
+    assert pieces_of(mask, 8)[1] == len(np.unique(labels[mask > 0])) == 260 * 260
