@@ -17,7 +17,7 @@ import numpy as np
 import cli
 from image_io import ImageError, list_images, read_mask, write_text
 from object_metrics import OBJECT_IOUS, ObjectScores, object_scores
-from outputs import format_csv
+from tables import format_csv
 from pairing import MASK_DIRS
 
 KINDS = ("auto", "labels", "masks")
@@ -26,6 +26,7 @@ COLUMNS = (
     *("image", "group", "images", "f1", "precision", "recall", "f1_mean", "dice", "predicted", "true", "count_error"),
     *("mean_diameter_predicted", "mean_diameter_true", "diameter_distance"),
 )
+MANY_PIECES = 3  # for each object of a label map: then its values are rather classes
 EVERY = "all"  # name of the row over everything
 
 
@@ -98,12 +99,13 @@ class References:
 
     Attributes:
         folder: where the files lie. files: stem to path.
+        notes: what is to be said about files that were read.
     """
 
     def __init__(self, options: ScoreOptions) -> None:
         if options.folder is None:
             raise ValueError("no folder of references is given; expected one")
-        self.options = options
+        self.options, self.notes = options, list[str]()
         self.folder, self.files = _find_references(options.folder)
 
     def __contains__(self, stem: str) -> bool:
@@ -125,7 +127,19 @@ class References:
                 f"{path} is {mask.shape[0]}x{mask.shape[1]}, its image is {shape[0]}x{shape[1]}; expected the same "
                 "size: a reference is compared pixel by pixel"
             )
-        return to_objects(mask, self.options.kind, self.options.value)
+        objects = to_objects(mask, self.options.kind, self.options.value)
+        if self.options.kind == "auto" and self.options.value is None:
+            self._doubt(path, mask, int(objects.max(initial=0)))
+        return objects
+
+    def _doubt(self, path: Path, mask: np.ndarray, count: int) -> None:
+        """Say so when a file that is taken as a label map looks like classes."""
+        pieces = cv2.connectedComponents((mask != 0).astype(np.uint8), connectivity=4)[0] - 1
+        if count and pieces > MANY_PIECES * count:
+            self.notes.append(
+                f"{path} is taken as a label map of {count} objects, which lie in {pieces} pieces: if its values are "
+                "classes, give --against-kind masks, or the class that counts with --against-value N"
+            )
 
     def missing(self, stems: Iterable[str]) -> list[str]:
         """What has no partner, in words: images without a reference, and references without an image."""
@@ -261,11 +275,13 @@ class ScoreBoard:
 
     Attributes:
         images: name to (group or None, scores).
+        notes: doubts about references, to be said.
     """
 
     def __init__(self, group_pattern: str | None = None) -> None:
         self.group_pattern = group_pattern
         self.images: dict[str, tuple[str | None, LabelScores]] = {}
+        self.notes: list[str] = []
 
     def add(self, stem: str, scores: LabelScores) -> None:
         """Take the scores of an image.
@@ -391,4 +407,5 @@ def score_files(
             board.add(stem, score_labels(labels, references.read(stem, labels.shape), options.min_area))
         except (OSError, ImageError) as error:
             failures.append(str(error))
+    board.notes += references.notes
     return board, failures

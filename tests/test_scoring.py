@@ -94,6 +94,21 @@ def test_a_mask_is_split_into_components_and_a_label_map_is_not():
     assert to_objects(np.zeros((3, 3), np.uint8)).max() == 0
 
 
+def test_classes_that_are_taken_as_objects_are_doubted(tmp_path):
+    classes = np.zeros((40, 40), np.uint8)
+    classes[::5, ::5], classes[20, 20] = 1, 2
+    write_mask(tmp_path / "classes.png", classes)
+    write_mask(tmp_path / "labels.png", disc_map([(20, 20), (60, 60)]))
+    references = References(ScoreOptions(tmp_path))
+    assert references.read("labels").max() == 2 and references.notes == []
+    assert references.read("classes").max() == 2
+    assert "label map of 2 objects, which lie in 64 pieces" in references.notes[0]
+    board, failures = score_files({"classes": tmp_path / "classes.png"}, ScoreOptions(tmp_path))
+    assert board.notes == references.notes and len(failures) == 1  # that labels.png has no image
+    chosen = References(ScoreOptions(tmp_path, value=1))
+    assert chosen.read("classes").max() == 63 and chosen.notes == []
+
+
 def test_large_and_uneven_label_values_keep_their_objects():
     labels = np.zeros((4, 6), np.uint32)
     labels[0, :2], labels[2, :2], labels[2, 4] = 4_000_000_000, 17, 3
