@@ -395,7 +395,7 @@ class UltralyticsDetector:
         return other
 
     def _to_boxes(self, result: Any, size: tuple[int, int]) -> Boxes:
-        if result.boxes is None or not len(result.boxes):
+        if result.boxes is None:
             return no_boxes(self.names)
         table = result.boxes.data.cpu().numpy()
         xyxy = clip_boxes(table[:, :4].astype(np.float64), np.array([0, 0, size[1], size[0]]))

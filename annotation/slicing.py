@@ -66,7 +66,7 @@ class SliceOptions:
     scale: float | None = None
     overlap: float = 0.2
     merge: str = "nms"
-    match: str = "iou"
+    match: str = "ios"
     match_threshold: float = 0.5
     whole: bool = True
     min_side: float = 1.0

@@ -1,7 +1,9 @@
 """Detectors from ONNX files: what is told apart and refused, decoding against loops, colours, sizes, bad files."""
 
 import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -452,13 +454,65 @@ def test_bad_files_are_named(tmp_path):
         load_detector(DetectorOptions(path))
 
 
-def test_a_pt_file_says_what_it_needs(tmp_path):
+def test_a_pt_file_says_what_it_needs(tmp_path, monkeypatch):
     (tmp_path / "best.pt").write_bytes(b"x")
-    try:
-        import ultralytics  # noqa: F401
-    except ImportError:
-        with pytest.raises(DetectorError, match=r"best\.pt needs the package ultralytics.*AGPL.*format=onnx"):
-            load_detector(DetectorOptions(tmp_path / "best.pt"))
+    monkeypatch.setitem(sys.modules, "ultralytics", None)  # as if it were not installed
+    with pytest.raises(DetectorError, match=r"best\.pt needs the package ultralytics.*AGPL.*format=onnx"):
+        load_detector(DetectorOptions(tmp_path / "best.pt"))
+
+
+class StandIn:
+    """What UltralyticsDetector uses of ultralytics.YOLO; notes what it was asked."""
+
+    names = {1: "bee", 0: "ant"}  # noqa: RUF012
+    task = "segment"
+    asked: dict = {}  # noqa: RUF012
+
+    def __init__(self, path):
+        self.overrides = {"imgsz": 320}
+        if Path(path).read_bytes() == b"broken":
+            raise RuntimeError("invalid load key")
+
+    def predict(self, image, **flags):
+        StandIn.asked = {"image": image, **flags}
+        masks = np.zeros((3, *image.shape[:2]), np.float32)
+        masks[0, 5:9, 3:8] = 1
+        rows = [[2.5, 4.5, 8, 9.5, 0.9, 1], [-9, -9, 300, 300, 0.8, 0], [40, 40, 50, 50, 0.7, 0]]
+        boxes = SimpleNamespace(data=torch.tensor(rows))
+        return [SimpleNamespace(boxes=boxes, masks=SimpleNamespace(data=torch.from_numpy(masks)))]
+
+
+@pytest.fixture
+def ultralytics(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ultralytics", SimpleNamespace(YOLO=StandIn))
+
+
+def test_a_pt_file_is_given_bgr_and_the_limits(tmp_path, ultralytics):
+    (tmp_path / "best.pt").write_bytes(b"fine")
+    options = DetectorOptions(tmp_path / "best.pt", confidence=0.3, iou=0.6, classes=("bee",))
+    detector = load_detector(options)
+    image = np.zeros((20, 30, 3), np.uint8)
+    image[..., 0] = 200
+    (found,) = detector.detect([image])
+    asked = StandIn.asked
+    assert asked["image"][0, 0].tolist() == [0, 0, 200] and asked["classes"] == [1]
+    assert (asked["conf"], asked["iou"], asked["imgsz"]) == (0.3, 0.6, 320)
+    assert found.names == ("ant", "bee") and found.classes.tolist() == [1, 0], "the third lies outside"
+    np.testing.assert_allclose(found.xyxy, [[2.5, 4.5, 8, 9.5], [0, 0, 30, 20]])
+    (left, top), crop = found.masks[0]
+    assert (left, top) == (2, 4) and crop.shape == (6, 6) and crop.sum() == 20
+    detector.changed(DetectorOptions(confidence=0.1)).detect([image], side=640)
+    assert (StandIn.asked["conf"], StandIn.asked["imgsz"]) == (0.1, 640)
+
+
+def test_a_pt_file_of_another_kind_is_refused(tmp_path, ultralytics, monkeypatch):
+    (tmp_path / "best.pt").write_bytes(b"broken")
+    with pytest.raises(DetectorError, match=r"best\.pt is no model of ultralytics \(invalid load key\)"):
+        load_detector(DetectorOptions(tmp_path / "best.pt"))
+    (tmp_path / "best.pt").write_bytes(b"fine")
+    monkeypatch.setattr(StandIn, "task", "pose")
+    with pytest.raises(DetectorError, match=r"best\.pt is a model of the task 'pose'; expected detect or segment"):
+        load_detector(DetectorOptions(tmp_path / "best.pt"))
 
 
 def test_a_gpu_that_onnx_runtime_cannot_use_is_said(tmp_path):

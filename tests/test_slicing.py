@@ -275,10 +275,10 @@ def test_flags_become_options():
     slicing.add_slice_args(parser)
     assert slicing.options_from(parser.parse_args([])) == SliceOptions()
     words = (
-        "--slice 0.5 320 --slice-scale 3 --slice-overlap 0.1 --slice-merge greedy_nmm --slice-match ios "
+        "--slice 0.5 320 --slice-scale 3 --slice-overlap 0.1 --slice-merge greedy_nmm --slice-match iou "
         "--slice-threshold 0.4 --no-slice-whole --box-min-side 4 --box-max-share 0.5"
     )
-    expected = SliceOptions((0.5, 320.0), 3.0, 0.1, "greedy_nmm", "ios", 0.4, False, 4.0, 0.5)
+    expected = SliceOptions((0.5, 320.0), 3.0, 0.1, "greedy_nmm", "iou", 0.4, False, 4.0, 0.5)
     assert slicing.options_from(parser.parse_args(words.split())) == expected
     assert set(slicing.SPACE) <= {action.dest for action in parser._actions}
     with pytest.raises(argparse.ArgumentTypeError, match=r"0\.95 is out of range.*0 to 0\.9"):
