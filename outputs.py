@@ -1,8 +1,6 @@
 """Predictions -> files: masks in the labels of training, probabilities, pictures, tables of scores."""
 
-import csv
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from checkpoint import ModelConfig
 from image_io import write_image, write_mask, write_text
 from metrics import SCORES, Scorer
 from plots import sample_panel
+from tables import format_csv
 
 
 @dataclass(frozen=True)
@@ -118,18 +117,3 @@ def write_tables(folder: Path, scorer: Scorer, summary: Mapping[str, Any], decim
     write_text(folder / "_metrics.csv", format_csv(["file", *SCORES], rows, decimal))
     if summary["sweep"]:
         write_text(folder / "_thresholds.csv", format_csv(["threshold", *SCORES], summary["sweep"], decimal))
-
-
-def format_csv(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], decimal: str) -> str:
-    """A table as text, cells divided by semicolons; the decimal sign is a "comma" or a "dot"."""
-
-    def cell(value: Any) -> str:
-        if isinstance(value, float):
-            return f"{value:.4f}".replace(".", "," if decimal == "comma" else ".")
-        return "" if value is None else str(value)
-
-    text = io.StringIO()
-    writer = csv.writer(text, delimiter=";", lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows([cell(row[column]) for column in columns] for row in rows)
-    return text.getvalue()

@@ -264,7 +264,7 @@ def label_bands(bands: Bands, objects: Objects) -> Iterator[Band]:
 def object_table(
     objects: Objects, class_names: Sequence[str], mpp: float | None = None
 ) -> tuple[tuple[str, ...], Iterator[dict[str, Any]]]:
-    """The objects as a table for outputs.format_csv.
+    """The objects as a table for tables.format_csv.
 
     Args:
         objects: in pixels of the map.

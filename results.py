@@ -21,7 +21,7 @@ from checkpoint import ModelConfig
 from cli import UsageError
 from geojson import GeoJsonWriter
 from image_io import ImageError, atomic_write, write_image, write_mask, write_text
-from outputs import decide, format_csv, label_values
+from outputs import decide, label_values
 from plots import class_colours, overlay
 from polygons import trace_bands
 from postprocess import Filters, filter_bands, filter_objects
@@ -30,6 +30,7 @@ from result_record import OBJECT_KINDS, RASTERS
 from rle import RleEncoder
 from slide_io import Georeference
 from slide_writer import Job, Layer, open_job, required_disk
+from tables import format_csv
 
 KINDS = ("mask", "prob", "overlay", "labels", "geojson", "rle")
 FORMATS = ("auto", "png", "tiff", "ome", "flat")
@@ -386,7 +387,7 @@ def csv_word(text: str) -> str:
 
 
 def csv_lines(columns: Sequence[str], rows: Iterable[dict[str, Any]], decimal: str) -> Iterator[str]:
-    """The text of a table in pieces of some thousand rows, see outputs.format_csv."""
+    """The text of a table in pieces of some thousand rows, see tables.format_csv."""
     yield format_csv(columns, [], decimal)
     left = iter(rows)
     while part := list(islice(left, 4096)):

@@ -52,7 +52,7 @@ class MergeOptions:
             raise ValueError(f"min_votes is {self.min_votes}, expected at least 1")
 
 
-def merge_args(parser: argparse.ArgumentParser) -> None:
+def add_merge_args(parser: argparse.ArgumentParser) -> None:
     """Add how the objects of several engines are merged."""
     group = parser.add_argument_group("several engines")
     group.add_argument(
@@ -82,7 +82,7 @@ def merge_args(parser: argparse.ArgumentParser) -> None:
 
 
 def options_from(args: argparse.Namespace) -> MergeOptions:
-    """The options behind the flags of merge_args.
+    """The options behind the flags of add_merge_args.
 
     Raises:
         cli.UsageError: a flag is out of its range.
@@ -382,20 +382,17 @@ def _share_out(
     levels = np.zeros(len(shapes) + 1, np.int32)
     for k in order[::-1].tolist():
         shape = shapes[k]
-        window, inside = shape.window, shape.depth > 0
-        own = 0
-        below = labels[window][inside]
-        below = below[below > 0]
-        if len(below):
+        inside = shape.depth > 0
+        here, heights, depths = labels[shape.window], level[shape.window], depth[shape.window]
+        own, below = 0, here[inside]
+        if below.any():
             if firm[k]:
-                own = int(level[window][inside].max()) + 1
+                own = int(heights[inside].max()) + 1
             else:
-                counts = np.bincount(below)
-                around = np.flatnonzero(counts > max_covered * shape.area)
+                numbers, counts = np.unique(below, return_counts=True)
+                around = numbers[(counts > max_covered * shape.area) & (numbers > 0)]
                 own = int(levels[around].max()) + 1 if len(around) else 0
         levels[k + 1] = own
-        wins = inside & (
-            (own > level[window]) | ((own == level[window]) & (shape.depth >= depth[window])) | (labels[window] == 0)
-        )
-        labels[window][wins], level[window][wins], depth[window][wins] = k + 1, own, shape.depth[wins]
+        wins = inside & ((own > heights) | ((own == heights) & (shape.depth >= depths)) | (here == 0))
+        here[wins], heights[wins], depths[wins] = k + 1, own, shape.depth[wins]
     return labels

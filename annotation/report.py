@@ -11,7 +11,7 @@ from annotation.doubts import EDITED, FLAGS, rank_doubts
 from annotation.files import FileOptions, brief, read_record
 from annotation.instances import LENGTHS, MM_COLUMNS, ROW_COLUMNS
 from image_io import atomic_write, write_text
-from outputs import format_csv
+from tables import format_csv
 
 REVIEW_COLUMNS = (
     "rank",

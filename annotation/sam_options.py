@@ -43,10 +43,10 @@ class SamOptions:
 
 
 SPACE: dict[str, list[bool] | tuple[float, float, str]] = {
-    "points": [False, True],
-    "min_iou": (0.3, 0.95, "linear"),
-    "min_stability": (0.3, 0.97, "linear"),
-    "max_share": (0.02, 0.9, "log"),
+    "sam_points": [False, True],
+    "sam_min_iou": (0.3, 0.95, "linear"),
+    "sam_min_stability": (0.3, 0.97, "linear"),
+    "sam_max_share": (0.02, 0.9, "log"),
 }
 
 

@@ -17,8 +17,8 @@ import numpy as np
 import cli
 from image_io import ImageError, list_images, read_mask, write_text
 from object_metrics import OBJECT_IOUS, ObjectScores, object_scores
-from tables import format_csv
 from pairing import MASK_DIRS
+from tables import format_csv
 
 KINDS = ("auto", "labels", "masks")
 LABEL_DIRS = ("labels", *MASK_DIRS)  # where references lie in a folder that holds none itself
@@ -50,7 +50,7 @@ class ScoreOptions:
     group_pattern: str | None = None
 
 
-def score_args(parser: argparse.ArgumentParser) -> None:
+def add_score_args(parser: argparse.ArgumentParser) -> None:
     """Add what labels are compared with."""
     group = parser.add_argument_group("scores against references")
     group.add_argument("--against", type=Path, metavar="DIR", help="compare with masks or label maps of the same stems")
@@ -73,7 +73,7 @@ def score_args(parser: argparse.ArgumentParser) -> None:
 
 
 def options_from(args: argparse.Namespace) -> ScoreOptions:
-    """The options behind the flags of score_args.
+    """The options behind the flags of add_score_args.
 
     Raises:
         cli.UsageError: the pattern is not a regular expression, or a flag is given that needs --against.

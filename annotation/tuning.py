@@ -22,7 +22,7 @@ from annotation.instances import Instances
 from annotation.scoring import References, score_labels
 from annotation.tuning_views import Sample, View, make_rungs
 from image_io import ImageError, read_image, write_text
-from outputs import format_csv
+from tables import format_csv
 
 Settings = dict[str, Any]  # name of a flag to its value; what is absent is as by default
 Range = tuple[float, float, str]  # lowest, highest, "log" or "linear"; of whole numbers when both ends are
@@ -112,7 +112,7 @@ class Tuning:
         return self.trials[0]
 
 
-def tune_args(parser: argparse.ArgumentParser) -> None:
+def add_tune_args(parser: argparse.ArgumentParser) -> None:
     """Add the search for parameters."""
     group = parser.add_argument_group("tuning")
     group.add_argument(
@@ -130,7 +130,7 @@ def tune_args(parser: argparse.ArgumentParser) -> None:
 
 
 def options_from(args: argparse.Namespace) -> TuneOptions:
-    """The options behind the flags of tune_args and scoring.score_args.
+    """The options behind the flags of add_tune_args and scoring.add_score_args.
 
     Raises:
         cli.UsageError: there is nothing to compare with.

@@ -24,6 +24,7 @@ from image_headers import ImageError
 from image_io import file_stem, write_image, write_text
 from plots import time_curves
 from spool import FolderLock
+from tables import format_csv
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".m4v", ".webm", ".mpg", ".mpeg", ".wmv", ".ts", ".mts", ".m2ts")
 MANIFEST, RECORDS = "frames.csv", ".frames"
@@ -390,8 +391,6 @@ def list_frames(folder: Path) -> list[dict[str, Any]]:
 
 def write_manifest(folder: Path, decimal: str) -> None:
     """Write frames.csv: which file is which frame of which video, and its time in seconds."""
-    from outputs import format_csv  # brings PyTorch along, for which --help need not wait
-
     write_text(Path(folder) / MANIFEST, format_csv(MANIFEST_COLUMNS, list_frames(folder), decimal))
 
 
@@ -451,8 +450,6 @@ def write_time_tables(folder: Path, rows: Sequence[Mapping[str, Any]], *, decima
         rows: of frame_rows.
         unit: of the diameters, "pixels" or "mm".
     """
-    from outputs import format_csv
-
     write_text(Path(folder) / "over_time.csv", format_csv(FRAME_COLUMNS, rows, decimal))
     for video in dict.fromkeys(str(row["video"]) for row in rows):
         own = [row for row in rows if row["video"] == video]

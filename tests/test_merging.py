@@ -9,7 +9,7 @@ import pytest
 
 import cli
 from annotation.instances import Instances, empty_instances, number_instances
-from annotation.merging import MergeOptions, agreement, mean_shape, merge, merge_args, options_from
+from annotation.merging import MergeOptions, add_merge_args, agreement, mean_shape, merge, options_from
 
 SHAPE = (80, 100)
 
@@ -216,7 +216,7 @@ def test_what_cannot_be_merged():
 
 def test_flags():
     parser = argparse.ArgumentParser()
-    merge_args(parser)
+    add_merge_args(parser)
     assert options_from(parser.parse_args([])) == MergeOptions()
     options = options_from(parser.parse_args("--combine vote --min-votes 2 --duplicate-iou 0.4".split()))
     assert (options.rule, options.min_votes, options.duplicate_iou) == ("vote", 2, 0.4)

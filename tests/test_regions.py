@@ -9,8 +9,8 @@ from scipy import ndimage
 from skimage.measure import perimeter_crofton, regionprops
 
 import regions
-from outputs import format_csv
 from regions import COLUMNS, find_objects, label_bands, object_table
+from tables import format_csv
 
 HEIGHTS = (1, 2, 3, 7, 1000)
 

@@ -11,9 +11,9 @@ from annotation.scoring import (
     References,
     ScoreBoard,
     ScoreOptions,
+    add_score_args,
     leave_out_small,
     options_from,
-    score_args,
     score_files,
     score_labels,
     to_objects,
@@ -198,7 +198,7 @@ def test_folders_without_references_are_named(tmp_path, folders):
 
 def test_flags():
     parser = argparse.ArgumentParser()
-    score_args(parser)
+    add_score_args(parser)
     words = ["--against", "gt", "--score-min-area", "30", "--group-pattern", "^(a)"]
     options = options_from(parser.parse_args(words))
     assert (str(options.folder), options.min_area, options.group_pattern) == ("gt", 30, "^(a)")

@@ -9,7 +9,8 @@ import pytest
 from tiny_runs import blobs, write_checkpoint
 
 import cli
-from annotation.trained import TrainedOptions, known_pixels, load_trained, options_from, split_necks, trained_args
+from annotation.trained import known_pixels, load_trained, split_necks
+from annotation.trained_options import TrainedOptions, add_trained_args, options_from
 from checkpoint import Geometry
 from image_io import ImageError, write_image
 from pairing import Pair
@@ -169,7 +170,7 @@ def test_flags(tmp_path):
     group.add_argument("--check-dir", type=Path)
     cli.add_threshold_args(parser)
     cli.add_backend_args(parser)
-    trained_args(parser)
+    add_trained_args(parser)
     assert options_from(parser.parse_args([])) is None
     options = options_from(parser.parse_args(["--check-path", "a.pth", "--split", "--model-classes", "one", "two"]))
     assert options == TrainedOptions(Path("a.pth"), 0.5, ("one", "two"), True)

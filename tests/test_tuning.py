@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 import cli
 from annotation.instances import number_instances
-from annotation.scoring import References, ScoreOptions, connected_objects, score_args, score_labels
+from annotation.scoring import References, ScoreOptions, add_score_args, connected_objects, score_labels
 from annotation.tuning import (
     Trial,
     TuneOptions,
+    add_tune_args,
     choose,
     draw_children,
     draw_settings,
@@ -27,7 +28,6 @@ from annotation.tuning import (
     read_samples,
     survivors,
     tune,
-    tune_args,
     with_settings,
     write_tuning,
 )
@@ -304,8 +304,8 @@ def test_settings_take_the_place_of_flags():
 
 def test_flags():
     parser = argparse.ArgumentParser()
-    score_args(parser)
-    tune_args(parser)
+    add_score_args(parser)
+    add_tune_args(parser)
     words = "--against gt --tune 2 --tune-trials 9 --tune-for mean_f1 --score-min-area 30".split()
     assert options_from(parser.parse_args(words)) == TuneOptions(2, 9, "mean_f1", 30)
     with pytest.raises(cli.UsageError, match="give --against DIR"):
