@@ -5,6 +5,7 @@ they were written, and what the tables are made of. It is written before the fil
 whatever a kill leaves behind, a file that is neither of these nor of those before was edited by somebody.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -89,7 +90,7 @@ class FileOptions:
 def list_label_files(folder: Path, kind: str, stem: str) -> list[Path]:
     """The files of gt/ or labels/ that belong to an image, in all formats that can be read."""
     paths = (folder / kind / f"{stem}{suffix}" for suffix in (*IMAGE_SUFFIXES, ".ome.tif"))
-    return [path for path in paths if path.is_file()]
+    return [path for path in paths if path.is_file() and path.stat().st_size]  # a crash can leave empty files
 
 
 def digest_file(path: Path) -> str:
@@ -322,13 +323,14 @@ def _write(work: _Work, engines: Mapping[str, int]) -> dict[str, Any]:
     }
     record["flags"] = flags_of(record)
     write_text(options.record(work.stem), json.dumps({**record, "table": objects}, ensure_ascii=False))
-    write_text(options.place("yolo", work.stem), _yolo_text(work, objects))
+    _write_quickly(options.place("yolo", work.stem), _yolo_text(work, objects).encode())
     if options.overlays:
         step = -(-max(found.labels.shape) // OVERLAY_SIDE)
         drawn = overlay(work.image[::step, ::step], np.ascontiguousarray(found.labels[::step, ::step]))
-        write_image(options.place("overlays", work.stem), drawn)
+        _write_quickly(options.place("overlays", work.stem), _encode(cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR)))
     if options.panels:
-        write_image(options.place("panels", work.stem), panel(work.image, work.maps))
+        page = cv2.cvtColor(panel(work.image, work.maps), cv2.COLOR_RGB2BGR)
+        _write_quickly(options.place("panels", work.stem), _encode(page))
     if options.geojson:
         _write_geojson(options.place("geojson", work.stem), found)
     for kind, (suffix, data) in ours.items():
@@ -387,6 +389,19 @@ def _put(options: FileOptions, kind: str, stem: str, suffix: str, data: bytes, b
     _remove_others(before, path)
 
 
+def _write_quickly(path: Path, data: bytes) -> None:
+    """Write a file that can be made again, whole or not at all, but without waiting for the disk."""
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, f"{error.strerror or error}; nothing was saved here", str(path)) from error
+
+
 def _remove_others(before: LabelFile, kept: Path | None) -> None:
     for path in (before.path, *before.stale):
         if path is not None and path != kept:
@@ -394,10 +409,10 @@ def _remove_others(before: LabelFile, kept: Path | None) -> None:
 
 
 def _encode(array: np.ndarray) -> bytes:
-    """A grey PNG; OpenCV's own settings are within a few percent of the fastest and smallest for masks."""
+    """A PNG, grey or BGR; OpenCV's own settings are near the fastest and the smallest for masks and for pictures."""
     written, data = cv2.imencode(".png", array)
     if not written:
-        raise ImageError(f"a mask of shape {array.shape} could not be encoded as PNG")
+        raise ImageError(f"an array of shape {array.shape} could not be encoded as PNG; expected fewer pixels")
     return data.tobytes()
 
 

@@ -355,10 +355,12 @@ def object_rows(found: Instances, image: np.ndarray, *, mm_per_pixel: float | No
 
 
 def _tidy(values: np.ndarray) -> list[Any]:
-    """Numbers with six significant decimals at most; None for what is not known."""
+    """Numbers of seven significant digits; None for what is not known."""
     if values.dtype.kind != "f":
         return values.tolist()
-    return [None if value != value else float(f"{value:.7g}") for value in values.tolist()]
+    magnitude = np.log10(np.abs(values), out=np.zeros_like(values), where=np.abs(values) > 1e-30)
+    scale = 10.0 ** np.clip(6 - np.floor(magnitude), 0, 30)
+    return [value if value == value else None for value in (np.round(values * scale) / scale).tolist()]
 
 
 def _ellipses(xx: np.ndarray, yy: np.ndarray, xy: np.ndarray) -> dict[str, np.ndarray]:

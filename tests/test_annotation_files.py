@@ -263,7 +263,7 @@ def test_a_kill_at_any_file_leaves_nothing_that_looks_edited(tmp_path, source, m
 
     other = scene(5)[1]
     with monkeypatch.context() as patch:
-        for name in ("atomic_write", "write_text", "write_image"):
+        for name in ("atomic_write", "write_text", "_write_quickly"):
             patch.setattr(files, name, counted(getattr(files, name)))
         with pytest.raises(Killed):
             annotate(options, (source[0], {"a": other}), "a", settings="s2")
