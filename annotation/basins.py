@@ -30,28 +30,28 @@ def climb(heights: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray
     framed = np.full((height + 2, row), -np.inf, np.float32)
     np.copyto(framed[1:-1, 1:-1], heights, where=mask)
     flat = framed.reshape(-1)
-    places = np.flatnonzero(flat > -np.inf).astype(np.int32)
+    places = np.flatnonzero(flat > -np.inf)
     best, target = flat[places], places.copy()
     for down, right in NEIGHBOURS:
-        beside = places + np.int32(down * row + right)
-        value = flat[beside]
+        beside = places + (down * row + right)
+        value = flat.take(beside)
         higher = value > best
         np.copyto(best, value, where=higher)
         np.copyto(target, beside, where=higher)
-    rank = np.zeros(flat.size, np.int32)
-    rank[places] = np.arange(len(places), dtype=np.int32)
-    target = rank[target]
+    rank = np.zeros(flat.size, np.int64)
+    rank[places] = np.arange(len(places))
+    target = rank.take(target)
     while True:
-        further = target[target]
+        further = target.take(target)
         if np.array_equal(further, target):
             break
         target = further
-    summits = np.flatnonzero(target == np.arange(len(target), dtype=np.int32))
+    summits = np.flatnonzero(target == np.arange(len(target)))
     number = np.zeros(len(places), np.int32)
     number[summits] = np.arange(1, len(summits) + 1, dtype=np.int32)
     basins = np.zeros(flat.size, np.int32)
-    basins[places] = number[target]
-    rows, columns = np.divmod(places[summits].astype(np.int64), row)
+    basins[places] = number.take(target)
+    rows, columns = np.divmod(places[summits], row)
     return np.ascontiguousarray(basins.reshape(framed.shape)[1:-1, 1:-1]), (rows - 1) * width + columns - 1
 
 
@@ -62,19 +62,25 @@ def find_passes(basins: np.ndarray, heights: np.ndarray) -> tuple[np.ndarray, np
         Numbers of the two basins and the height of the pass, (m,) each, highest first. A step from one pixel to the
         next is as high as the lower of the two.
     """
+    height, width = basins.shape
+    numbers = np.zeros((height + 1, width + 2), np.float32)  # exact up to 2^24 basins
+    numbers[:-1, 1:-1] = basins
+    inner = numbers > 0
+    edge = inner & (cv2.dilate(numbers, np.ones((3, 3), np.uint8)) > numbers)
+    places = np.flatnonzero(edge | inner & _sees_less(numbers))
+    flat = numbers.reshape(-1)
+    framed = np.zeros(numbers.shape, np.float32)
+    framed[:-1, 1:-1] = heights
+    high = framed.reshape(-1)
     firsts, seconds, passes = [], [], []
-    whole, head, tail = slice(None), slice(None, -1), slice(1, None)
-    for here, there in (
-        ((whole, head), (whole, tail)),
-        ((head, whole), (tail, whole)),
-        ((head, head), (tail, tail)),
-        ((head, tail), (tail, head)),
-    ):
-        a, b = basins[here], basins[there]
-        meets = (a != b) & (a > 0) & (b > 0)
-        firsts.append(np.minimum(a[meets], b[meets]))
-        seconds.append(np.maximum(a[meets], b[meets]))
-        passes.append(np.minimum(heights[here][meets], heights[there][meets]))
+    own, rise = flat.take(places), high.take(places)
+    for step in (1, width + 2, width + 3, width + 1):
+        beside = np.minimum(places + step, flat.size - 1)
+        other = flat.take(beside)
+        meets = (other != own) & (other > 0)
+        firsts.append(np.minimum(own[meets], other[meets]))
+        seconds.append(np.maximum(own[meets], other[meets]))
+        passes.append(np.minimum(rise[meets], high.take(beside[meets])))
     first, second = np.concatenate(firsts).astype(np.int64), np.concatenate(seconds).astype(np.int64)
     over = np.concatenate(passes)
     order = np.lexsort((-over, second, first))
@@ -84,6 +90,12 @@ def find_passes(basins: np.ndarray, heights: np.ndarray) -> tuple[np.ndarray, np
     first, second, over = first[best], second[best], over[best]
     order = np.argsort(-over, kind="stable")
     return first[order], second[order], over[order]
+
+
+def _sees_less(numbers: np.ndarray) -> np.ndarray:
+    """Whether a neighbour has a lower number that is not 0, (H, W) bool."""
+    filled = np.where(numbers > 0, numbers, np.float32(np.inf))
+    return cv2.erode(filled, np.ones((3, 3), np.uint8)) < filled
 
 
 def join_basins(

@@ -7,7 +7,7 @@ import numpy as np
 
 FINEST = 1.5  # sigma in pixels of the finest blob looked for
 STEP = math.sqrt(2)  # from one scale to the next
-KEPT = 0.5  # share of the strong responses that a blob must reach to be counted
+KEPT = 0.65  # share of the strong blobs that a blob must reach to be counted
 MOST = 1 / 6  # of the shorter side: the widest sigma
 
 
@@ -38,7 +38,8 @@ def estimate_size(values: np.ndarray) -> float:
     sizes, strength = np.concatenate(diameters), np.concatenate(strengths)
     if not len(sizes):
         return float(max(3, min(values.shape) / 8))
-    kept = strength >= KEPT * (np.percentile(strength, 95) if len(strength) > 20 else strength.max())
+    weight = strength * np.sqrt(sizes)
+    kept = weight >= KEPT * (np.percentile(weight, 95) if len(weight) > 20 else weight.max())
     sizes, weight = sizes[kept], strength[kept] * sizes[kept]
     order = np.argsort(sizes, kind="stable")
     total = np.cumsum(weight[order])

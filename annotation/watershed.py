@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 
 from annotation import basins
-from annotation.instances import Instances, clean_instances, empty_instances, number_instances
+from annotation.instances import Instances, clean_instances, empty_instances, number_instances, select_instances
 from annotation.presets import (
     PRESET_NAMES,
     PRESETS,
@@ -40,7 +40,12 @@ ENGINE = "watershed"
 SAMPLE_SIDE = 512  # of the windows that a large picture is judged by
 SAMPLE_PIXELS = 9 * SAMPLE_SIDE**2
 CHANNELS = ("red", "green", "blue")
+RING_RANK = 0.75
 HEIGHT_RANK = 0.8  # an object's height is reached by the rest of its pixels
+QUANTILE_BINS = 128
+BLUR = 0.05
+SMOOTH = 0.05
+OPENING = 0.12
 FAINT = 1e-6
 RIM_HOLES = 0.1
 CROWDED = 0.35
@@ -112,7 +117,7 @@ def _to_channel(image: np.ndarray, channel: str) -> np.ndarray:
 
 def _choose_channel(image: np.ndarray) -> str:
     """The channel that Otsu's threshold parts best, for pictures in colour."""
-    if image.shape[2] < 3 or not _is_coloured(image):
+    if not _is_coloured(image):
         return "grey"
     best = {}
     for name in ("grey", *CHANNELS):
@@ -123,6 +128,8 @@ def _choose_channel(image: np.ndarray) -> str:
 
 def _is_coloured(image: np.ndarray) -> bool:
     """Whether channels differ by more than 1 % of the range, on average."""
+    if image.shape[2] < 3:
+        return False
     step = max(1, int(np.sqrt(image.shape[0] * image.shape[1] / (1 << 16))))
     some = np.nan_to_num(image[::step, ::step, :3].astype(np.float64))
     span = float(some.max() - some.min())
@@ -150,17 +157,29 @@ def _prepare(
 ) -> tuple[np.ndarray | None, WatershedOptions]:
     """The picture as bright objects on a range from 0, None where nothing is to be seen, and the resolved options."""
     sample = _sample(image)
-    options = with_preset(options, _choose_preset(sample) if options.preset == "auto" else options.preset)
-    options = options if options.channel else replace(options, channel=_choose_channel(sample))
-    values = _clean(_to_channel(sample, options.channel), options)
+    automatic = options.preset == "auto"
+    known = with_preset(options, "nuclei" if automatic else options.preset)
+    channel = known.channel or _choose_channel(sample)
+    values = plain = _to_channel(sample, channel)
+    if automatic:
+        known = with_preset(options, _choose_preset(plain, sample))
+    options = replace(known, channel=channel)
+    values = _clean(plain, options)
+    if options.size is None or options.blur is None:
+        rough = values if options.blur else cv2.GaussianBlur(values, (0, 0), 1.0)
+        found = _choose_range(rough, options)
+        size = options.size or estimate_size(_stretch(rough, found))
+        blur = float(np.clip(size * BLUR, 0.7, 3.0)) if options.blur is None else options.blur
+        values = _clean(plain, replace(options, blur=blur))
+        options = replace(options, size=size, blur=blur, objects=found.objects)
     options = _choose_range(values, options)
     stretched = _stretch(values, options)
     options = _choose_level(stretched, options)
-    size = options.size or estimate_size(stretched)
-    area = np.pi / 4 * size**2
+    area = np.pi / 4 * options.size**2
     options = replace(
         options,
-        size=size,
+        opening=max(3, int(OPENING * options.size) | 1) if options.opening is None else options.opening,
+        smooth=float(np.clip(options.size * SMOOTH, 0.7, 3.0)) if options.smooth is None else options.smooth,
         holes=int(0.4 * area) if options.holes is None else options.holes,
         min_area=max(20, int(0.05 * area)) if options.min_area is None else options.min_area,
         max_area=image.shape[0] * image.shape[1] if options.max_area is None else options.max_area,
@@ -172,17 +191,18 @@ def _prepare(
     return stretched, options
 
 
-def _choose_preset(sample: np.ndarray) -> str:
-    coloured = sample.shape[2] >= 3 and _is_coloured(sample)
-    options = with_preset(WatershedOptions(), "nuclei")
-    values = _clean(_to_channel(sample, _choose_channel(sample)), options)
+def _choose_preset(values: np.ndarray, sample: np.ndarray) -> str:
+    """The preset for a channel of the sample: by what is the background, holes in the mask, colour and crowding."""
+    options = replace(PRESETS["nuclei"], blur=1.0, gamma=1.0)
+    values = _clean(values, options)
     options = _choose_range(values, options)
+    coloured = _is_coloured(sample)
     if options.black == options.white:
         return "nuclei"
     if options.objects == "dark":
         return "histology" if coloured else "nuclei"
     stretched = _stretch(values, options)
-    mask = stretched > _choose_level(stretched, replace(options, gamma=1.0)).level
+    mask = stretched > _choose_level(stretched, options).level
     if _hole_share(mask) > RIM_HOLES:
         return "bubbles"
     return "grains" if coloured and mask.mean() > CROWDED else "fluorescence"
@@ -237,7 +257,8 @@ def _find_objects(values: np.ndarray, options: WatershedOptions) -> Instances:
         heights = values - _background(values, mask, options.size)
         limit = None
         for _ in range(options.passes):
-            tops = _top_heights(labels, heights)
+            inside = labels > 0
+            tops = _quantiles(labels[inside], heights[inside], int(labels.max()) + 1, HEIGHT_RANK)
             own = tops[labels]
             if limit is None:
                 limit = (labels > 0) & (heights > options.extent * own)
@@ -328,17 +349,19 @@ def _background(values: np.ndarray, mask: np.ndarray, size: float) -> np.ndarray
     return (total + np.float32(0.02 * overall)) / (share + np.float32(0.02))
 
 
-def _top_heights(labels: np.ndarray, heights: np.ndarray) -> np.ndarray:
-    """The HEIGHT_RANK quantile of each object's heights: (n + 1,) float32."""
-    inside = labels > 0
-    owner, height = labels[inside], heights[inside]
-    order = np.lexsort((height, owner))
-    owner, height = owner[order], height[order]
-    firsts = np.flatnonzero(np.diff(owner, prepend=-1))
-    counts = np.diff(firsts, append=len(owner))
-    tops = np.zeros(int(labels.max()) + 1, np.float32)
-    tops[owner[firsts]] = height[firsts + np.minimum((HEIGHT_RANK * counts).astype(np.int64), counts - 1)]
-    return tops
+def _quantiles(owners: np.ndarray, values: np.ndarray, count: int, rank: float) -> np.ndarray:
+    """The rank quantile of the values of each owner 0..count - 1, by a histogram: (count,) float32, 0 without values.
+
+    Negative values count as 0. Bins are of equal width in the root of the value, so the error is 1 % or so.
+    """
+    most = float(values.max(initial=0))
+    if most <= 0:
+        return np.zeros(count, np.float32)
+    places = np.sqrt(np.maximum(values, 0) * np.float32(1 / most)) * np.float32(QUANTILE_BINS - 1)
+    keys = owners.astype(np.int64) * QUANTILE_BINS + places.astype(np.int64)
+    shares = np.bincount(keys, minlength=count * QUANTILE_BINS).reshape(count, QUANTILE_BINS).cumsum(axis=1)
+    bins = (shares <= rank * shares[:, -1:]).sum(axis=1)
+    return np.where(shares[:, -1] > 0, ((bins + 0.5) / QUANTILE_BINS) ** 2 * most, 0).astype(np.float32)
 
 
 def _judge(found: Instances, values: np.ndarray, mask: np.ndarray, options: WatershedOptions) -> Instances:
@@ -352,11 +375,11 @@ def _judge(found: Instances, values: np.ndarray, mask: np.ndarray, options: Wate
     area = np.bincount(found.labels[inside], minlength=count)
     inner = np.bincount(found.labels[inside], values[inside], count) / np.maximum(area, 1)
     around = np.bincount(nearest[ring], minlength=count)
-    outer = np.bincount(nearest[ring], values[ring], count) / np.maximum(around, 1)
+    outer = _quantiles(nearest[ring], values[ring], count, RING_RANK)
     empty = cv2.dilate(mask, _ellipse(5)) == 0
     ground = float(np.median(thin(values[empty][None]))) if empty.any() else float(values.min())
     contrast = np.clip((inner - outer) / np.maximum(inner - ground, FAINT), 0, 1)
     contrast[around < 0.1 * area] = 1  # nothing is seen of the surroundings
     kept = (contrast >= options.contrast)[1:]
     scores = contrast[1:].astype(np.float32)
-    return number_instances(np.where(np.append(False, kept)[found.labels], found.labels, 0), scores, ENGINE)
+    return select_instances(Instances(found.labels, scores, found.engines), kept)
