@@ -8,8 +8,8 @@ from typing import IO, Any
 import numpy as np
 
 from annotation.doubts import EDITED, FLAGS, rank_doubts
-from annotation.files import FileOptions, brief, read_record
 from annotation.instances import LENGTHS, MM_COLUMNS, ROW_COLUMNS
+from annotation.records import FileOptions, brief, read_record
 from image_io import atomic_write, write_text
 from tables import format_csv
 

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 import cli
 
 if TYPE_CHECKING:
-    from annotation.files import FileOptions
     from annotation.importing import Labels
+    from annotation.records import FileOptions
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -65,8 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(args: argparse.Namespace) -> list[str]:
     """Import all sources; return what was left out and why."""
-    from annotation.files import RECORDS, list_records
     from annotation.importing import Reader
+    from annotation.records import RECORDS, list_records
     from annotation.report import read_about, write_tables
     from image_io import list_images
 
@@ -114,7 +114,7 @@ class _Sizes(dict):
 
 def options_for(args: argparse.Namespace, stem: str) -> "FileOptions":
     """How the files of an image were written, so that they are written again in that way."""
-    from annotation.files import FileOptions, read_record
+    from annotation.records import FileOptions, read_record
 
     options = FileOptions(args.output_dir, mm_per_pixel=args.mm_per_pixel, decimal=args.decimal)
     record = read_record(options, stem) or {}
@@ -134,8 +134,9 @@ def take_in(options: "FileOptions", labels: "Labels", image: Path, *, empty: boo
     import numpy as np
 
     from annotation.edits import follow_gt
-    from annotation.files import is_edited, list_label_files, store_edited
+    from annotation.files import is_edited, store_edited
     from annotation.instances import gap_mask, number_instances
+    from annotation.records import list_label_files
     from image_io import read_mask
 
     before = list_label_files(options.folder, "labels", labels.stem)
@@ -170,7 +171,7 @@ def _is_same(options: "FileOptions", labels: "Labels") -> bool:
     """Whether the labels are in place already."""
     import numpy as np
 
-    from annotation.files import list_label_files
+    from annotation.records import list_label_files
     from image_io import read_mask
 
     paths = list_label_files(options.folder, "gt" if labels.is_mask else "labels", labels.stem)

@@ -10,7 +10,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from scipy import ndimage
 
-from annotation import files
+from annotation import encoding, files
 from annotation.coco import decode_segmentation, encode_objects, outlines_of, parse_counts
 from annotation.doubts import count_touching, flags_of, rank_doubts, strangeness
 from annotation.edits import EDITED, follow_gt
@@ -166,7 +166,7 @@ def test_a_picture_without_a_file_is_written(tmp_path):
 
 
 def test_more_objects_than_16_bits_hold_need_tiff(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "PNG_LABELS", 10)
+    monkeypatch.setattr(encoding, "PNG_LABELS", 10)
     image, found = scene()
     options = FileOptions(tmp_path / "out")
     path = tmp_path / "a.png"
@@ -175,11 +175,11 @@ def test_more_objects_than_16_bits_hold_need_tiff(tmp_path, monkeypatch):
     assert record["label_file"] == "a.tif" and not (options.folder / "labels" / "a.png").exists()
     np.testing.assert_array_equal(read_mask(options.folder / "labels" / "a.tif"), found.labels)
     assert is_done(options, "a", digest_file(path), "s")
-    monkeypatch.setattr(files, "PNG_LABELS", 65535)
+    monkeypatch.setattr(encoding, "PNG_LABELS", 65535)
     write_image_files(options, path, image, found, {}, "s2", 0.0)
     assert [path.name for path in (options.folder / "labels").iterdir()] == ["a.png"]
     # A kill between the writing of one format and the removal of the other:
-    monkeypatch.setattr(files, "PNG_LABELS", 10)
+    monkeypatch.setattr(encoding, "PNG_LABELS", 10)
     with monkeypatch.context() as patch:
         patch.setattr(files, "_remove_others", lambda _, kept: interrupt() if kept.parent.name == "labels" else None)
         with pytest.raises(KeyboardInterrupt):
@@ -263,7 +263,7 @@ def test_a_kill_at_any_file_leaves_nothing_that_looks_edited(tmp_path, source, m
 
     other = scene(5)[1]
     with monkeypatch.context() as patch:
-        for name in ("atomic_write", "write_text", "_write_quickly"):
+        for name in ("atomic_write", "write_text", "write_quickly"):
             patch.setattr(files, name, counted(getattr(files, name)))
         with pytest.raises(Killed):
             annotate(options, (source[0], {"a": other}), "a", settings="s2")
