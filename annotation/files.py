@@ -1,7 +1,9 @@
 """The files of each annotated image, written so that a kill loses nothing and a person's work is never overwritten."""
 
+import contextlib
 import hashlib
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,11 +49,13 @@ __all__ = [
     "is_edited",
     "list_records",
     "read_record",
+    "remove_leftovers",
     "store_edited",
     "write_edited",
     "write_image_files",
 ]
 
+LEFTOVER_SECONDS = 3600  # another run may be writing what is younger
 OVERLAY_SIDE = 4096  # pixels of an overlay's longer side; of larger images every second pixel is shown, and so on
 
 
@@ -265,6 +269,16 @@ def _remove_others(before: LabelFile, kept: Path | None) -> None:
     for path in (before.path, *before.stale):
         if path is not None and path != kept:
             path.unlink(missing_ok=True)
+
+
+def remove_leftovers(options: FileOptions) -> None:
+    """Remove the half-written files of runs that were killed, when they are older than LEFTOVER_SECONDS."""
+    oldest = time.time() - LEFTOVER_SECONDS
+    for kind in (RECORDS, "images", "gt", "labels", *options.kinds, "."):
+        for path in (options.folder / kind).glob(".*.tmp"):
+            with contextlib.suppress(OSError):
+                if path.lstat().st_mtime < oldest:
+                    path.unlink()
 
 
 def _objects(work: _Work) -> dict[str, list[Any]]:

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import time
 
 import cv2
 import numpy as np
@@ -21,6 +23,7 @@ from annotation.files import (
     is_edited,
     list_records,
     read_record,
+    remove_leftovers,
     write_edited,
     write_image_files,
 )
@@ -416,6 +419,22 @@ def test_overlays_of_large_images_are_thinned(tmp_path, monkeypatch):
     drawn = read_image(options.folder / "overlays" / "a.png")
     assert drawn.shape == (30, 40, 3)
     np.testing.assert_array_equal(drawn[found.labels[::3, ::3] == 0], image[::3, ::3][found.labels[::3, ::3] == 0])
+
+
+def test_leftovers_of_a_kill_go_and_nothing_else(tmp_path, source):
+    options = FileOptions(tmp_path / "out")
+    annotate(options, source)
+    before = sorted(path for path in options.folder.rglob("*"))
+    for kind, age in (("gt", 7200), ("overlays", 7200), (".annotate", 7200), ("labels", 5)):
+        path = options.folder / kind / f".{'0' * 32}.tmp"
+        path.write_bytes(b"half")
+        os.utime(path, (time.time() - age,) * 2)
+    remove_leftovers(options)
+    assert sorted(path for path in options.folder.rglob("*") if path.parent.name != "labels") == [
+        path for path in before if path.parent.name != "labels"
+    ]
+    assert (options.folder / "labels" / f".{'0' * 32}.tmp").exists()
+    assert list(list_images(options.folder / "labels")) == ["a", "b", "c"]
 
 
 def test_removing_edited_files_has_them_made_anew(tmp_path, source):
