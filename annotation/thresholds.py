@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 BINS = 256
-SAMPLE = 1 << 18  # values that a histogram or percentile is made of: more changes no figure in the third place
+SAMPLE = 1 << 16  # values that a histogram or percentile is made of: more changes little
 
 
 class Threshold(NamedTuple):

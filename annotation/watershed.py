@@ -46,6 +46,8 @@ QUANTILE_BINS = 128
 BLUR = 0.05
 SMOOTH = 0.05
 OPENING = 0.12
+MOST = 1e18  # of the brightness of a pixel
+COLOUR_SAMPLE = 1 << 14
 FAINT = 1e-6
 RIM_HOLES = 0.1
 CROWDED = 0.35
@@ -107,11 +109,15 @@ def _to_channel(image: np.ndarray, channel: str) -> np.ndarray:
         values = cv2.transform(np.ascontiguousarray(image[..., :3]), np.full((1, 3), 1 / 3)).astype(np.float32)
     else:
         values = image[..., :3].mean(axis=2, dtype=np.float64).astype(np.float32)
-    if image.dtype.kind == "f":
-        values = np.clip(values, -1e30, 1e30)  # infinities become large, squares still fit
-        finite = np.isfinite(values)
-        if not finite.all():
-            values[~finite] = np.median(values[finite]) if finite.any() else 0
+    return _finite(values) if image.dtype.kind == "f" else values
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    """Values (H, W) float32 whose squares of sums fit; what is no number becomes the median."""
+    values = np.clip(values, -MOST, MOST)
+    missing = np.isnan(values)
+    if missing.any():
+        values[missing] = 0 if missing.all() else np.median(values[~missing])
     return values
 
 
@@ -130,10 +136,10 @@ def _is_coloured(image: np.ndarray) -> bool:
     """Whether channels differ by more than 1 % of the range, on average."""
     if image.shape[2] < 3:
         return False
-    step = max(1, int(np.sqrt(image.shape[0] * image.shape[1] / (1 << 16))))
-    some = np.nan_to_num(image[::step, ::step, :3].astype(np.float64))
-    span = float(some.max() - some.min())
-    return float(np.ptp(some, axis=2).mean()) > 0.01 * span if span > 0 else False
+    step = max(1, int(np.sqrt(image.shape[0] * image.shape[1] / COLOUR_SAMPLE)))
+    red, green, blue = (_finite(image[::step, ::step, channel].astype(np.float32)) for channel in range(3))
+    span = max(float(one.max()) for one in (red, green, blue)) - min(float(one.min()) for one in (red, green, blue))
+    return float((np.abs(red - green) + np.abs(green - blue)).mean()) > 0.02 * span
 
 
 def _ends(values: np.ndarray, percentage: float) -> tuple[float, float]:
