@@ -32,7 +32,7 @@ class MergeOptions:
             the better score goes first; vote: what enough engines found, with the mean of their outlines.
         duplicate_iou: two objects of two engines that overlap more than this are the same one.
         max_covered: an object with a larger share of its pixels under better ones is dropped.
-        min_votes: engines that must have found an object under vote; None: more than half of them.
+        min_votes: engines that must have found an object under vote, at most all of them; None: more than half.
     """
 
     rule: str = "sam_first"

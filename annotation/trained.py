@@ -15,6 +15,7 @@ import numpy as np
 
 import cli
 from annotation.instances import Instances, number_instances
+from annotation.merging import boxes_of
 from annotation.trained_options import TrainedOptions
 from backends import Forward, load_forward
 from checkpoint import ModelConfig
@@ -57,14 +58,28 @@ class Trained:
         self.threshold = cli.pick_threshold(self.options.threshold, self.config.thresholds, self.config.num_logits)
         self.class_indices = pick_classes(self.config, self.options.classes)
 
-    def segment(self, image: np.ndarray) -> Instances:
+    def segment(self, image: np.ndarray, cache: dict[Any, Any] | None = None) -> Instances:
         """The objects of an image (H, W, C) uint8, uint16 or float32, NaN where nothing is known.
+
+        Args:
+            cache: keeps the probabilities of this image for other options of the same network.
 
         Raises:
             ImageError: another number of channels than the network takes.
             ValueError: probabilities are not finite. RuntimeError: out of memory.
         """
-        return self.decide(self.predict(image))
+        cache = {} if cache is None else cache
+        if self.options.path not in cache:
+            cache[self.options.path] = self.predict(image)
+        return self.decide(cache[self.options.path])
+
+    def with_options(self, options: TrainedOptions) -> "Trained":
+        """The same network with other rules for its answer.
+
+        Raises:
+            cli.UsageError: see load_trained.
+        """
+        return replace(self, options=replace(options, path=self.options.path))
 
     def predict(self, image: np.ndarray) -> np.ndarray:
         """Probabilities (K, H, W) float32 of an image; what segment has from the network, for any threshold."""
@@ -200,8 +215,6 @@ def split_necks(labels: np.ndarray, depth: float) -> np.ndarray:
     Returns:
         (H, W) int32 with the same pixels above 0; numbers without gaps, in no order.
     """
-    from annotation.merging import boxes_of
-
     count = int(labels.max(initial=0))
     result, last = labels.copy(), count
     for number, (top, left, bottom, right) in enumerate(boxes_of(labels, count).tolist(), 1):

@@ -80,6 +80,18 @@ def test_the_threshold_moves_the_outline(tmp_path):
         load(tmp_path, classes=4, options={"threshold": 0.7})
 
 
+def test_a_cache_spares_the_network(tmp_path):
+    trained, image, cache = load(tmp_path), blobs(90, 120, seed=3), {}
+    calls = []
+    forward = trained.forward
+    trained.forward = lambda batch: calls.append(1) or forward(batch)
+    first = trained.segment(image, cache)
+    seen = len(calls)
+    other = trained.with_options(TrainedOptions(Path("ignored"), threshold=0.7)).segment(image, cache)
+    assert len(calls) == seen > 0 and np.count_nonzero(other.labels) < np.count_nonzero(first.labels)
+    assert np.array_equal(other.labels, load(tmp_path, options={"threshold": 0.7}).segment(image).labels)
+
+
 def test_unknown_pixels_are_background(tmp_path):
     trained = load(tmp_path, dtype="float32")
     image = blobs(70, 80).astype(np.float32)

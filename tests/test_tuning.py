@@ -3,6 +3,8 @@
 import argparse
 import csv
 import json
+import os
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -12,6 +14,9 @@ from hypothesis import strategies as st
 
 import cli
 from annotation.instances import number_instances
+from annotation.presets import SPACE as WATERSHED_SPACE
+from annotation.presets import add_watershed_args
+from annotation.presets import options_from as watershed_options
 from annotation.scoring import References, ScoreOptions, add_score_args, connected_objects, score_labels
 from annotation.tuning import (
     Trial,
@@ -32,7 +37,8 @@ from annotation.tuning import (
     write_tuning,
 )
 from annotation.tuning_views import Sample, View, change_tones, change_view, crop_view, make_rungs, take_window
-from image_io import ImageError, write_image, write_mask
+from annotation.watershed import segment
+from image_io import ImageError, list_images, write_image, write_mask
 
 SPACE = {"level": (20, 240, "linear"), "blur": (0.3, 8.0, "log"), "close": [0, 3, 5], "unused": ["a", "b"]}
 
@@ -313,3 +319,25 @@ def test_flags():
     for changes in ({"trials": 0}, {"halving": 1}, {"keep": 1.0}, {"objective": "iou"}):
         with pytest.raises(ValueError, match="expected"):
             TuneOptions(**changes)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("TESSERA_DATA" not in os.environ, reason="needs the folder of real images in TESSERA_DATA")
+def test_two_bubble_pictures_tune_the_watershed_for_the_others():
+    folder = Path(os.environ["TESSERA_DATA"]) / "bubbles"
+    references = References(ScoreOptions(folder / "gt"))
+    samples, _ = read_samples(list_images(folder / "images"), references, 6)
+    parser = argparse.ArgumentParser()
+    add_watershed_args(parser)
+    args = parser.parse_args([])
+
+    def find(image, settings, cache):
+        return segment(image, watershed_options(with_settings(args, settings)))
+
+    tuning = tune(find, WATERSHED_SPACE, [samples[0], samples[3]], TuneOptions(trials=24, min_area=30))
+    assert tuning.best.scores[1] > tuning.default.scores[1]
+    scores = [
+        score_labels(find(samples[k].image, tuning.best.settings, {}).labels, samples[k].labels, 30).f1()
+        for k in (1, 2, 4, 5)
+    ]
+    assert sum(scores) / 4 >= 0.66
