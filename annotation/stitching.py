@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from annotation.instances import Instances
+from annotation.instances import Instances, find_runs, join_runs
 
 REACH = 8  # part of the margin by which objects may miss the core, for windows do not agree to the pixel
 SAME = 0.5  # of its pixels that an object must share with another to be the same
@@ -189,9 +189,9 @@ class Stitcher:
     def _partners(self, window: Window, labels: np.ndarray, cut: np.ndarray) -> np.ndarray:
         """(number of an object that an earlier window cut off, label here) of one and the same object, (m, 2) int64.
 
-        Where the windows overlap the two share more than SAME of the pixels of one that is cut off.
+        Where the windows overlap the two share more than SAME of the pixels of one that is cut off, or a piece of one
+        and a piece of the other are the same: of winding objects a window sees several ends.
         """
-        count = len(cut)
         result = [np.zeros((0, 2), np.int64)]
         for box, numbers in (*self.above, *self._beside):
             shared = common(box, window.box)
@@ -199,15 +199,13 @@ class Stitcher:
                 continue
             here = labels[window.local(shared)]
             there = numbers[shared[0] - box[0] : shared[2] - box[0], shared[1] - box[1] : shared[3] - box[1]]
-            keys, amounts = np.unique((there.astype(np.int64) * count + here)[there > 0], return_counts=True)
-            if not len(keys):
+            other, own, amounts = _pairs(there, here)
+            if not len(own):
                 continue
-            other, own = np.divmod(keys, count)
-            _, owner = np.unique(other, return_inverse=True)
-            share = amounts / np.bincount(owner, amounts)[owner]
-            of_own = amounts / np.maximum(np.bincount(here.ravel(), minlength=count)[own], 1)
-            matched = (own > 0) & (np.maximum(share, np.where(cut[own], of_own, 0)) > SAME)
-            result.append(np.stack([other[matched], own[matched]], axis=1))
+            share = amounts / np.bincount(there[there > 0])[other]
+            of_own = amounts / np.bincount(here.ravel())[own]
+            matched = np.maximum(share, np.where(cut[own], of_own, 0)) > SAME
+            result += [np.stack([other[matched], own[matched]], axis=1), _same_pieces(there, here)]
         return np.concatenate(result)
 
     def _remember(self, window: Window, labels: np.ndarray, numbers: np.ndarray) -> None:
@@ -260,6 +258,31 @@ class Stitcher:
 
 def _look_up(table: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.take(table, labels, mode="clip")  # takes half the time of "raise"
+
+
+def _pairs(there: np.ndarray, here: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Numbers and labels, both above 0, that share pixels, and how many pixels: (m,) each."""
+    both = (there > 0) & (here > 0)
+    span = int(here.max(initial=0)) + 1
+    keys, amounts = np.unique(there[both].astype(np.int64) * span + here[both], return_counts=True)
+    other, own = np.divmod(keys, span)
+    return other, own, amounts
+
+
+def _same_pieces(there: np.ndarray, here: np.ndarray) -> np.ndarray:
+    """(number, label) of objects of which a 4-connected piece each is the same by IoU above SAME, (m, 2) int64."""
+    maps, owners = [], []
+    for labels in (there, here):
+        runs = find_runs(labels)
+        pieces = join_runs(labels, runs)
+        owner = np.zeros(int(pieces.max()) + 2, np.int64)
+        owner[pieces + 1] = runs.values
+        maps.append(runs.paint(np.where(runs.values > 0, pieces + 1, 0)))
+        owners.append(owner)
+    first, second, amounts = _pairs(*maps)
+    areas = [np.bincount(each.ravel()) for each in maps]
+    same = amounts > SAME * (areas[0][first] + areas[1][second] - amounts)
+    return np.unique(np.stack([owners[0][first[same]], owners[1][second[same]]], axis=1), axis=0)
 
 
 def _doubled(there: np.ndarray, here: np.ndarray, wanted: np.ndarray, gained: np.ndarray) -> np.ndarray:

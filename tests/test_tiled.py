@@ -107,6 +107,39 @@ def test_objects_of_any_size_stay_one(tmp_path, seed, tile, margin):
         assert np.array_equal(labels > 0, image[..., 0] > 127)
 
 
+def labyrinth(rng: np.random.Generator) -> np.ndarray:
+    """Blobs, single pixels or ellipses, in a picture of any size."""
+    height, width = (int(side) for side in rng.integers(1, 140, 2))
+    image = np.zeros((height, width), np.uint8)
+    kind = rng.integers(0, 3)
+    if kind == 0:
+        noise = cv2.GaussianBlur(rng.normal(0, 1, image.shape).astype(np.float32), (0, 0), rng.uniform(0.5, 6))
+        image[noise.reshape(image.shape) > rng.normal(0, 0.02)] = 200
+    elif kind == 1:
+        image[rng.random(image.shape) > rng.uniform(0.3, 0.7)] = 200
+    else:
+        for _ in range(6):
+            place, axes = (int(rng.integers(width)), int(rng.integers(height))), rng.integers(1, 60, 2).tolist()
+            cv2.ellipse(image, place, axes, int(rng.integers(180)), 0, 360, 200, int(rng.choice([-1, 1, 2, 4])))
+    return image[..., None]
+
+
+# Those above 50 have objects that wind in and out of windows so that no two parts share half of their pixels.
+@pytest.mark.parametrize("seed", [*range(12), 56, 278, 289, 327, 505, 1167, 1426, 2021])
+def test_random_pictures_windows_and_bands(tmp_path, monkeypatch, seed):
+    rng = np.random.default_rng(seed)
+    image = labyrinth(rng)
+    tile = 16 * int(rng.integers(1, 5))
+    monkeypatch.setattr(tiled, "BAND_PIXELS", image.shape[1] * int(rng.integers(1, 40)))
+    labels, _, rows = run(tmp_path, image, components, TileOptions(tile, int(rng.integers(1, tile + 1))))
+    whole = components(image)
+    assert np.array_equal(labels, whole.labels)
+    expected = object_rows(whole, image)
+    for row in (*rows, *expected):
+        del row["score"], row["engine"]  # of parts, as windows see them
+    check_rows(rows, expected)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_touching_discs_are_parted_as_in_the_whole_picture(tmp_path, seed):
     size = [(150, 190), (128, 192), (64, 300)][seed % 3]
