@@ -143,45 +143,47 @@ class Reader:
             crops.append((f"feature {feature}", paint_shapes(list(parts), *size)))
         yield self._paste(stem, path, crops)
 
-    def _read_coco(self, path: Path, document: dict[str, Any]) -> Iterator[Labels]:
-        images = {}
-        for entry in document["images"]:
+    def _read_coco(self, path: Path, document: dict[str, list[dict[str, Any]]]) -> Iterator[Labels]:
+        images = dict(self._coco_images(path, document["images"]))
+        listed = {_key(entry, "id") for entry in document["images"]}
+        names = {_key(entry, "id"): str(entry.get("name")) for entry in document.get("categories", [])}
+        by_image: dict[str, list[dict[str, Any]]] = {number: [] for number in images}
+        strays: Counter[str] = Counter()
+        for annotation in document["annotations"]:
+            if self.only and names.get(_key(annotation, "category_id")) not in self.only:
+                continue
+            number = _key(annotation, "image_id")
+            if number in images:
+                by_image[number].append(annotation)
+            elif number not in listed:
+                strays[number] += 1
+        for number, count in strays.items():
+            self._note(f"{path}: {count} annotations are of image {number}, which it does not list: left out")
+        for number, stem in images.items():
+            yield self._paste(stem, path, list(self._decode(path, by_image[number], self.sizes[stem])))
+
+    def _coco_images(self, path: Path, entries: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+        """Key and stem of the images that are here and of the same size."""
+        for entry in entries:
             name = PureWindowsPath(str(entry.get("file_name"))).name  # takes both kinds of slashes
-            stem = self._known([file_stem(Path(name))], path, f": image {entry.get('id')}")
+            stem = self._known([file_stem(Path(name))], path, f": image {_key(entry, 'id')}")
             if stem is None:
                 continue
-            size = (entry.get("height"), entry.get("width"))
-            if size != self.sizes[stem]:
-                height, width = self.sizes[stem]
+            size, (height, width) = (entry.get("height"), entry.get("width")), self.sizes[stem]
+            if size == (height, width):
+                yield _key(entry, "id"), stem
+            else:
                 self._note(
                     f"{path}: image {name!r} is {size[1]} x {size[0]} pixels there, the file {width} x {height}; "
                     "expected the same size"
                 )
-                continue
-            images[entry.get("id")] = stem
-        known = {entry.get("id") for entry in document["images"]}
-        names = {entry.get("id"): str(entry.get("name")) for entry in document.get("categories") or []}
-        by_image: dict[Any, list[dict[str, Any]]] = {number: [] for number in images}
-        strays: Counter[Any] = Counter()
-        for annotation in document["annotations"]:
-            if self.only and names.get(annotation.get("category_id")) not in self.only:
-                continue
-            if annotation.get("image_id") in images:
-                by_image[annotation["image_id"]].append(annotation)
-            elif annotation.get("image_id") not in known:
-                strays[annotation.get("image_id")] += 1
-        for number, count in strays.items():
-            self._note(f"{path}: {count} annotations are of image {number}, which it does not list: left out")
-        for number, stem in images.items():
-            crops = list(self._decode(path, by_image[number], self.sizes[stem]))
-            yield self._paste(stem, path, crops)
 
     def _decode(
         self, path: Path, annotations: Sequence[dict[str, Any]], size: tuple[int, int]
     ) -> Iterator[tuple[str, Crop]]:
         for annotation in annotations:
             name = f"annotation {annotation.get('id')}"
-            if annotation.get("iscrowd") and "counts" not in (annotation.get("segmentation") or ()):
+            if annotation.get("iscrowd") and not isinstance(annotation.get("segmentation"), dict):
                 self._note(f"{path}: {name} is a crowd without run lengths: left out")
                 continue
             try:
@@ -206,7 +208,12 @@ class Reader:
         return Labels(stem, path, values, overlapping=hidden)
 
 
-def _load_json(path: Path) -> dict[str, Any] | None:
+def _key(entry: dict[str, Any], name: str) -> str:
+    """An id as text: files hold numbers, texts and worse."""
+    return str(entry.get(name))
+
+
+def _load_json(path: Path) -> dict[str, list[dict[str, Any]]] | None:
     """The content of a COCO file; None when it is none, and then may be GeoJSON.
 
     Raises:

@@ -332,6 +332,23 @@ def test_broken_annotations_are_findings(tmp_path, labelled, capsys):
     assert np.count_nonzero(labels_of(labelled)) == 100
 
 
+def test_ids_of_any_kind_do_not_stop_the_rest(tmp_path, labelled, capsys):
+    shape = [[5, 5, 15, 5, 15, 15, 5, 15]]
+    annotations = [
+        {"segmentation": shape, "id": {"a": 1}, "category_id": []},
+        {"segmentation": shape, "image_id": [7]},
+        {"segmentation": 5, "iscrowd": 1},
+        {"segmentation": "x"},
+        {"segmentation": {"size": [60, 80], "counts": [2**70]}},
+        {"segmentation": [[1e300, 1e300, -1e300, 5, 7, 9]]},
+    ]
+    message = refused(capsys, labelled, coco_file(tmp_path / "x.json", annotations))
+    assert "1 annotations are of image [7]" in message and message.count("annotation") >= 4
+    assert labels_of(labelled)[10, 10] == 1
+    message = refused(capsys, labelled, coco_file(tmp_path / "y.json", annotations), "--only", "nucleus")
+    assert "holds no object" in message or "would replace" in message
+
+
 @pytest.mark.parametrize(
     ("name", "content", "text"),
     [
