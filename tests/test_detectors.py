@@ -358,6 +358,7 @@ def test_yolox_sees_bgr_and_any_size(tmp_path, colour):
     (twice,) = detector.detect([image])  # 320: every pixel twice as large, so four cells see the square
     assert len(twice) == 4 and twice.xyxy[:, :2].min(axis=0).tolist() == [64, 24]
     assert twice.xyxy[:, 2:].max(axis=0).tolist() == [72, 32]
+    assert detector._plan((100, 150), 150).size == (128, 160), "multiples of the largest stride"
 
 
 @pytest.mark.parametrize("colour", [0, 1, 2])

@@ -9,6 +9,7 @@ import pytest
 import shapely
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from scipy import ndimage
 
 from dataset_utils import make_yolo
@@ -229,6 +230,23 @@ def test_pictures_that_yolo_reads_otherwise_are_converted(tmp_path, kind):
     if kind in ("rgba", "five"):
         assert np.array_equal(seen[..., ::-1], image[..., :3])
     assert (tmp_path / "out/images/train/b.png").is_symlink() == (dtype == np.uint8)
+
+
+def test_a_turned_picture_is_written_upright(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6
+    image = np.zeros((50, 40, 3), np.uint8)  # stored lying, 40 x 50 upright, as its mask is
+    image[:10] = 255
+    for split in ("train", "val"):
+        (tmp_path / f"set/{split}/images").mkdir(parents=True)
+        Image.fromarray(image).save(tmp_path / f"set/{split}/images/a.jpg", exif=exif)
+        write_mask(tmp_path / f"set/{split}/gt/a.png", label_map(0))
+    run("-d", tmp_path / "set", "-o", tmp_path / "out")
+    written = tmp_path / "out/images/train/a.png"
+    assert not written.is_symlink() and np.array_equal(
+        read_image(written), read_image(tmp_path / "set/train/images/a.jpg")
+    )
+    assert read_image(written).shape == (40, 50, 3)
 
 
 def test_one_bad_file_is_named_and_the_rest_is_done(tmp_path, capsys):

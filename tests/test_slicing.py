@@ -159,6 +159,46 @@ def test_neighbours_at_a_seam_stay_two():
     assert as_set(detect_sliced(Rectangles(), paint(64, 110, boxes), options)) == sorted(boxes)
 
 
+class Known(Rectangles):
+    """Finds these boxes as far as they lie in the slice, though they overlap; pixels say where the slice lies."""
+
+    def __init__(self, boxes):
+        super().__init__()
+        self.boxes = np.array(boxes)
+
+    def _find(self, image):
+        left, top = image[0, 0, :2].astype(int).tolist()
+        limits = np.array([0, 0, image.shape[1], image.shape[0]])
+        cut = np.clip(self.boxes - [left, top, left, top], 0, limits[[2, 3, 2, 3]])
+        cut = cut[((cut[:, 2:] - cut[:, :2]) > 0).all(axis=1)]
+        return Boxes(cut, np.linspace(0.9, 0.5, len(cut)), np.zeros(len(cut)), self.names)
+
+
+def places(height, width):
+    y, x = np.mgrid[:height, :width].astype(np.uint8)
+    return np.dstack([x, y, x * 0])
+
+
+def test_objects_that_overlap_at_a_seam_stay_two():
+    boxes = [(20, 10, 70, 30), (60, 12, 100, 28)]  # the first slice ends at 64, the second begins at 46
+    options = SliceOptions(sizes=(64.0,), overlap=0.2, whole=False, match="iou")
+    assert as_set(detect_sliced(Known(boxes), places(64, 110), options)) == boxes
+
+
+@given(seeds, st.integers(1, 12))
+@settings(max_examples=40, deadline=None)
+def test_objects_that_overlap_a_little_come_back_once(seed, count):
+    rng = np.random.default_rng(seed)
+    boxes = []
+    for _ in range(count):
+        x, y = rng.integers(0, 180), rng.integers(0, 130)
+        new = (int(x), int(y), int(x + rng.integers(8, 19)), int(y + rng.integers(8, 19)))
+        if all(match_boxes(np.array([new]), np.array([old]), "iou")[0] < 0.2 for old in boxes):
+            boxes.append(new)
+    options = SliceOptions(sizes=(64.0,), overlap=0.4, whole=bool(seed % 2), match="iou")
+    assert as_set(detect_sliced(Known(boxes), places(150, 200), options)) == sorted(boxes)
+
+
 def test_several_sizes_find_small_and_large():
     boxes = [(0, 0, 150, 150), (160, 10, 164, 14)]
     options = SliceOptions(sizes=(32.0, 160.0), overlap=0.2)
