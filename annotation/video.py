@@ -18,6 +18,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+from tqdm import tqdm
 
 import cli
 from image_headers import ImageError
@@ -334,11 +335,14 @@ def _extract(path: Path, folder: Path, options: FrameOptions) -> Extracted:
         write_text(record, json.dumps(head | {"done": False}) + "\n")
         remove_leftovers(folder)
         rows = []
-        for frame in video.frames(options):
-            name = frame_name(path, frame.number) + options.suffix
-            if not (folder / name).is_file():  # whole, for files appear under their names when they are
-                write_image(folder / name, frame.image)
-            rows.append({"video": path.name, "frame": frame.number, "seconds": round(frame.seconds, 4), "file": name})
+        with tqdm(total=video.declared or None, desc=path.name, leave=False, disable=None, unit="frame") as bar:
+            for frame in video.frames(options):
+                name = frame_name(path, frame.number) + options.suffix
+                if not (folder / name).is_file():  # whole, for files appear under their names when they are
+                    write_image(folder / name, frame.image)
+                seconds = round(frame.seconds, 4)
+                rows.append({"video": path.name, "frame": frame.number, "seconds": seconds, "file": name})
+                bar.update(frame.number + 1 - bar.n)
         findings = video.findings()
     write_text(record, json.dumps(head | {"done": True, "rows": rows, "findings": findings}) + "\n")
     return Extracted(rows, findings)
