@@ -11,6 +11,7 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
+CHUNK = 1 << 15  # pixels at a time: what is computed of them stays in the processor's cache
 NEIGHBOURS = ((-1, 0), (0, -1), (0, 1), (1, 0), (-1, -1), (-1, 1), (1, -1), (1, 1))
 
 
@@ -31,28 +32,51 @@ def climb(heights: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray
     np.copyto(framed[1:-1, 1:-1], heights, where=mask)
     flat = framed.reshape(-1)
     places = np.flatnonzero(flat > -np.inf)
-    best, target = flat[places], places.copy()
+    rank = np.zeros(flat.size, np.int32)
+    rank[places] = np.arange(len(places), dtype=np.int32)
+    target = np.empty(len(places), np.int32)
+    for start in range(0, len(places), CHUNK):
+        target[start : start + CHUNK] = rank.take(_highest_neighbours(flat, places[start : start + CHUNK], row))
+    _follow(target)
+    summits = np.flatnonzero(target == np.arange(len(target), dtype=np.int32))
+    number = np.zeros(len(places), np.int32)
+    number[summits] = np.arange(1, len(summits) + 1, dtype=np.int32)
+    basins = np.zeros(flat.size, np.int32)
+    basins[places] = look_up(number, target)
+    rows, columns = np.divmod(places[summits], row)
+    return np.ascontiguousarray(basins.reshape(framed.shape)[1:-1, 1:-1]), (rows - 1) * width + columns - 1
+
+
+def _highest_neighbours(flat: np.ndarray, places: np.ndarray, row: int) -> np.ndarray:
+    """The place of the highest of each pixel and its eight neighbours; the pixel itself where none is higher."""
+    best, target = flat.take(places), places.copy()
     for down, right in NEIGHBOURS:
         beside = places + (down * row + right)
         value = flat.take(beside)
         higher = value > best
         np.copyto(best, value, where=higher)
         np.copyto(target, beside, where=higher)
-    rank = np.zeros(flat.size, np.int64)
-    rank[places] = np.arange(len(places))
-    target = rank.take(target)
-    while True:
-        further = target.take(target)
-        if np.array_equal(further, target):
-            break
-        target = further
-    summits = np.flatnonzero(target == np.arange(len(target)))
-    number = np.zeros(len(places), np.int32)
-    number[summits] = np.arange(1, len(summits) + 1, dtype=np.int32)
-    basins = np.zeros(flat.size, np.int32)
-    basins[places] = number.take(target)
-    rows, columns = np.divmod(places[summits], row)
-    return np.ascontiguousarray(basins.reshape(framed.shape)[1:-1, 1:-1]), (rows - 1) * width + columns - 1
+    return target
+
+
+def _follow(target: np.ndarray) -> None:
+    """Follow pointers to their ends, in place: (n,) int32 places in the array itself."""
+    for start in range(0, len(target), CHUNK):
+        part = target[start : start + CHUNK]
+        while True:
+            further = target.take(part)
+            if np.array_equal(further, part):
+                break
+            part[:] = further
+
+
+def look_up(table: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """table[places] for a table (n,) and places of any shape within it, part by part, as that is faster."""
+    result = np.empty(places.shape, table.dtype)
+    flat_in, flat_out = places.reshape(-1), result.reshape(-1)
+    for start in range(0, flat_in.size, CHUNK):
+        np.take(table, flat_in[start : start + CHUNK], out=flat_out[start : start + CHUNK], mode="clip")
+    return result
 
 
 def find_passes(basins: np.ndarray, heights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -149,7 +173,7 @@ def part_mask(heights: np.ndarray, mask: np.ndarray, *, neck: float, depth: floa
     def apart(top: float, over: float) -> bool:
         return over < neck * top and top - over >= depth
 
-    return np.take(join_basins(heights.reshape(-1)[summits], passes, apart), basins)
+    return look_up(join_basins(heights.reshape(-1)[summits], passes, apart), basins)
 
 
 def part_by_distance(heights: np.ndarray, mask: np.ndarray, spacing: int) -> np.ndarray:
@@ -171,7 +195,7 @@ def part_by_distance(heights: np.ndarray, mask: np.ndarray, spacing: int) -> np.
     seeds = flat[summits] >= highest
     passes = find_passes(basins, heights)
     ranks = seeds.astype(np.float64)  # joins keep the larger rank: parts stay apart when both hold a seed
-    return np.take(join_basins(ranks, passes, lambda lower, _: lower > 0), basins)
+    return look_up(join_basins(ranks, passes, lambda lower, _: lower > 0), basins)
 
 
 def grow_labels(labels: np.ndarray, limit: np.ndarray) -> np.ndarray:
@@ -199,4 +223,4 @@ def nearest_labels(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     inside = labels > 0
     number: np.ndarray = np.zeros(int(cell.max()) + 1, np.int32)
     number[cell[inside]] = labels[inside]
-    return np.take(number, cell), distance
+    return look_up(number, cell), distance

@@ -265,7 +265,7 @@ def _find_objects(values: np.ndarray, options: WatershedOptions) -> Instances:
         for _ in range(options.passes):
             inside = labels > 0
             tops = _quantiles(labels[inside], heights[inside], int(labels.max()) + 1, HEIGHT_RANK)
-            own = tops[labels]
+            own = basins.look_up(tops, labels)
             if limit is None:
                 limit = (labels > 0) & (heights > options.extent * own)
             mask = _tidy((labels > 0) & (heights > options.core * own), options)
@@ -318,7 +318,7 @@ def _fill(mask: np.ndarray, limit: int) -> np.ndarray:
     left, top, wide, high, area = stats.T
     holes = (left > 0) & (top > 0) & (left + wide < width) & (top + high < height) & (area <= limit)
     holes[0] = False
-    return mask | holes.view(np.uint8)[areas]
+    return mask | basins.look_up(holes.view(np.uint8), areas)
 
 
 def _select_markers(mask: np.ndarray, which: str) -> np.ndarray:
