@@ -115,7 +115,9 @@ def write_image_files(
     states = {kind: look_up(options, kind, stem, previous) for kind in ("gt", "labels")}
     if any(state.edited for state in states.values()):
         return write_edited(options, path, image, settings_digest, image_digest=digest)
-    maps = {name: part.labels for name, part in parts.items()} | ({"together": found.labels} if len(parts) != 1 else {})
+    maps = {name: part.labels for name, part in parts.items()}
+    if len(parts) != 1:
+        maps[{0: "objects", 2: "both"}.get(len(parts), "all")] = found.labels
     name = put_image(options, path, image, digest, previous)
     work = _Work(options, stem, name, image, found, states, maps)
     work.digests, work.seconds, work.parts = (digest, settings_digest), seconds, tuple(parts.values())
