@@ -5,12 +5,11 @@ two more passes over the spool join the parts of objects, number them in reading
 label map and the mask. Memory grows with width x tile and with the number of objects, not with the height.
 """
 
-import shutil
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,8 +154,10 @@ def annotate_tiled(
         for name, path in (("labels", files.labels), ("mask", files.mask)):
             final.finish(name, path, kind=files.kind)
         final.remove()
+        (files.work / "draft" / STATE).unlink(missing_ok=True)
         draft.remove()
-    shutil.rmtree(files.work, ignore_errors=True)
+    with suppress(OSError):
+        files.work.rmdir()
     return TiledResult(grid.height, grid.width, len(joined), covered, list(grid.damage))
 
 

@@ -335,6 +335,16 @@ def test_a_digest_of_something_else_begins_anew(tmp_path):
     assert np.array_equal(tifffile.imread(files.labels), components(second).labels)
 
 
+def test_files_of_others_in_the_working_folder_stay(tmp_path):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "mine.txt").write_text("mine")
+    tifffile.imwrite(tmp_path / "in.tif", discs(1, (60, 80))[..., 0])
+    files = TiledFiles(tmp_path / "labels.tif", tmp_path / "mask.tif", tmp_path / "work")
+    with open_slide(tmp_path / "in.tif") as slide:
+        annotate_tiled(slide.grid(), components, TileOptions(32, 16), files, digest="a")
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["mine.txt"]
+
+
 def test_pixels_without_data_hold_no_object(tmp_path):
     image = np.full((100, 120), 200, np.uint8)
     image[:, 40:60] = 7
