@@ -195,7 +195,8 @@ def find_pairs(args: argparse.Namespace, config: "ModelConfig") -> tuple[list["P
     """
     from image_io import file_stem
     from pairing import Pair
-    from predictor import list_pictures, pair_channels
+    from pictures import list_pictures
+    from predictor import pair_channels
 
     failures: list[str] = []
     if args.dataset_dir:
@@ -294,7 +295,8 @@ def pixels_seen(setup: Setup, pair: "Pair") -> float:
     Pictures that must be decoded to be planned are judged by the size in their headers.
     """
     from backends import megapixels_seen
-    from predictor import PILLOW_SUFFIXES, Picture, count_pixels, plan_picture
+    from pictures import PILLOW_SUFFIXES, count_pixels
+    from predictor import Picture, plan_picture
     from tiling import TTA
 
     config, options = setup.configs[0], tiles_for(setup, pair)

@@ -5,10 +5,8 @@ over it, row band after row band. Nothing here holds a whole image, except where
 the resize geometry, and preprocessing that looks at all pixels.
 """
 
-import glob
 import math
 import unicodedata
-import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -16,70 +14,25 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
 
 from backends import Forward
 from checkpoint import Geometry, ModelConfig
 from cli import UsageError
 from dataset import both_hold, load_image
-from image_io import IMAGE_SUFFIXES, ImageError, file_stem, list_images, normalise, resize_image
+from image_io import ImageError, file_stem, list_images, normalise, resize_image
 from outputs import clear_outside
-from pairing import SLIDE_SUFFIXES, Pair
+from pairing import Pair
+from pictures import list_pictures
 from slide_io import Slide, open_slide
 from slide_windows import SCALE_DRIFT
 from tiling import Axis, plan_axis, predict_bands, round_up, run_ahead
 from tissue import Tissue, find_tissue
 
-PILLOW_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 MUCH_SMALLER = 4  # images this many times as long as what a network sees are warned about
 UPSCALED_ROWS = 256  # rows that are enlarged at a time
 ASKED_COLUMNS = 512  # of tissue that are asked for their data at a time
 
 Bands = Generator[tuple[int, np.ndarray], None, None]  # first row, probabilities (K, h, W)
-
-
-def list_pictures(words: Sequence[str]) -> list[Path]:
-    """Images and slides behind file names, folders and globs, in order of name within each.
-
-    Raises:
-        FileNotFoundError: a word stands for nothing.
-    """
-    found: list[Path] = []
-    suffixes = (*IMAGE_SUFFIXES, *SLIDE_SUFFIXES)
-    for word in map(str, words):
-        path = Path(word).expanduser()
-        if path.is_dir():
-            inside = [item for item in path.iterdir() if item.suffix.lower() in suffixes and item.name[0] != "."]
-        elif path.exists():
-            inside = [path]
-        else:
-            inside = [Path(item) for item in glob.glob(str(path), recursive=True)]  # noqa: PTH207 - may be absolute
-        if not inside and not glob.has_magic(str(path)) and not path.is_dir():
-            raise FileNotFoundError(f"{word} does not exist; expected an image, a slide, a folder or a glob")
-        if not inside:
-            what = f"the folder {path} holds" if path.is_dir() else f"{word} names"
-            raise FileNotFoundError(f"{what} no image or slide; expected files such as *.png, *.tif or *.svs")
-        found += sorted((item for item in inside if item.is_file()), key=lambda item: item.name)
-    first: dict[Path, Path] = {}
-    for path in found:
-        first.setdefault(path.resolve(), path)
-    return list(first.values())
-
-
-def count_pixels(path: Path) -> int:
-    """Pixels of an image, from its header alone; 0 when it cannot be read, which is said when its turn comes."""
-    try:
-        if path.suffix.lower() in PILLOW_SUFFIXES:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of large pictures, which are welcome
-                with Image.open(path) as picture:
-                    return picture.width * picture.height
-        with open_slide(path) as slide:
-            return slide.height * slide.width
-    except Image.DecompressionBombError:
-        return 2 * (Image.MAX_IMAGE_PIXELS or 0)  # at least that many
-    except (OSError, ValueError, RuntimeError):
-        return 0
 
 
 def pair_channels(folder: Path, add_dirs: Sequence[str]) -> tuple[list[Pair], list[str]]:

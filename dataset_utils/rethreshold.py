@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(args: argparse.Namespace) -> list[str]:
     """Go through raw/; return what went wrong."""
     from image_io import file_stem
-    from predictor import list_pictures
+    from pictures import list_pictures
     from result_record import find_done, merge_run_lengths
     from results import ResultOptions, filters_of
     from spool import FULL

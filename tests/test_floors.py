@@ -38,7 +38,7 @@ FLOORS = (
         "weights",
     },
     {"onnx_export"},
-    {"backends", "classes", "geojson", "outputs", "result_record", "tissue"},
+    {"backends", "classes", "geojson", "outputs", "pictures", "result_record", "tissue"},
     {"facts", "slide_masks"},
     {"slide_windows"},
     {"slide_index"},

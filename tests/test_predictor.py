@@ -7,6 +7,7 @@ import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import pictures
 import predictor
 import slide_sources
 from checkpoint import Geometry, ModelConfig
@@ -328,7 +329,7 @@ def test_other_channels_are_refused(tmp_path):
 def test_pictures_are_listed_from_files_folders_and_globs(tmp_path):
     for name in ("b.png", "a.svs", "c.TIF", "notes.txt", ".hidden.png"):
         (tmp_path / name).write_bytes(b"x")
-    names = lambda words: [path.name for path in predictor.list_pictures(words)]  # noqa: E731
+    names = lambda words: [path.name for path in pictures.list_pictures(words)]  # noqa: E731
     assert names([str(tmp_path)]) == ["a.svs", "b.png", "c.TIF"]
     assert names([str(tmp_path / "*.png"), str(tmp_path / "b.png")]) == ["b.png"]
     with pytest.raises(FileNotFoundError, match="names no image or slide"):
@@ -344,12 +345,12 @@ def test_pixels_are_counted_without_decoding(tmp_path, name, monkeypatch):
 
     write_image(tmp_path / name, random_pixels(70, 50))
     monkeypatch.setattr(slide_sources, "read_image", None)
-    assert predictor.count_pixels(tmp_path / name) == 3500
+    assert pictures.count_pixels(tmp_path / name) == 3500
     (tmp_path / name).write_bytes(b"nonsense")
-    assert predictor.count_pixels(tmp_path / name) == predictor.count_pixels(tmp_path / "absent.png") == 0
+    assert pictures.count_pixels(tmp_path / name) == pictures.count_pixels(tmp_path / "absent.png") == 0
 
 
 def test_pixels_of_a_picture_past_pillow_s_limit_are_counted(tmp_path, monkeypatch):
     write_image(tmp_path / "a.png", random_pixels(70, 50))
     monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 1000)
-    assert predictor.count_pixels(tmp_path / "a.png") == 2000
+    assert pictures.count_pixels(tmp_path / "a.png") == 2000
