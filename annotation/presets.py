@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import cli
 
-PRESET_NAMES = ("auto", "bubbles", "nuclei", "grains", "fluorescence", "histology", "ctci", "ctci-code")
+PRESET_NAMES = ("auto", "bubbles", "nuclei", "grains", "froth", "fluorescence", "histology", "ctci", "ctci-code")
 
 
 def _sigmas(text: str) -> tuple[float, ...]:
@@ -152,7 +152,21 @@ _CTCI = replace(
 PRESETS: dict[str, WatershedOptions] = {
     "bubbles": replace(_BASE, objects="rims", local=0.0, holes=-1, core=0.0, extent=0.0, contrast=0.0),
     "nuclei": _BASE,
-    "grains": replace(_BASE, blur=2.0, threshold="none", local=2.0, contrast=0.0),
+    "grains": replace(_BASE, objects="bright", threshold="none", local=3.0, contrast=0.0, neck=0.85),
+    # crowded and glossy: each highlight floods its bubble down to the valleys
+    "froth": replace(
+        _BASE,
+        objects="bright",
+        threshold="none",
+        local=0.0,
+        opening=0,
+        landscape="intensity",
+        smooth=2.0,
+        neck=0.8,
+        core=0.0,
+        extent=0.0,
+        contrast=0.4,
+    ),
     "fluorescence": replace(_BASE, objects="bright"),
     "histology": replace(_BASE, objects="dark"),
     "ctci": _CTCI,

@@ -188,13 +188,18 @@ def _prepare(
         smooth=float(np.clip(options.size * SMOOTH, 0.7, 3.0)) if options.smooth is None else options.smooth,
         holes=int(0.4 * area) if options.holes is None else options.holes,
         min_area=max(20, int(0.05 * area)) if options.min_area is None else options.min_area,
-        max_area=image.shape[0] * image.shape[1] if options.max_area is None else options.max_area,
+        max_area=_largest(image, options) if options.max_area is None else options.max_area,
     )
     if only_options or options.black == options.white:
         return None, options
     if sample is not image:
         stretched = _stretch(_clean(_to_channel(image, options.channel), options), options)
     return stretched, options
+
+
+def _largest(image: np.ndarray, options: WatershedOptions) -> int:
+    """Any area, but where every pixel belongs to some basin those many times the typical size are no objects."""
+    return int((8 * options.size) ** 2) if options.landscape == "intensity" else image.shape[0] * image.shape[1]
 
 
 def _choose_preset(values: np.ndarray, sample: np.ndarray) -> str:
@@ -205,13 +210,14 @@ def _choose_preset(values: np.ndarray, sample: np.ndarray) -> str:
     coloured = _is_coloured(sample)
     if options.black == options.white:
         return "nuclei"
-    if options.objects == "dark":
-        return "histology" if coloured else "nuclei"
     stretched = _stretch(values, options)
     mask = stretched > _choose_level(stretched, options).level
-    if _hole_share(mask) > RIM_HOLES:
+    network = _hole_share(mask) > RIM_HOLES  # what encloses so much is no objects but what lies around them
+    if options.objects == "dark":
+        return "grains" if network else "histology" if coloured else "nuclei"
+    if network:
         return "bubbles"
-    return "grains" if coloured and mask.mean() > CROWDED else "fluorescence"
+    return "froth" if coloured and mask.mean() > CROWDED else "fluorescence"
 
 
 def _hole_share(mask: np.ndarray) -> float:
@@ -385,7 +391,12 @@ def _judge(found: Instances, values: np.ndarray, mask: np.ndarray, options: Wate
     empty = cv2.dilate(mask, _ellipse(5)) == 0
     ground = float(np.median(thin(values[empty][None]))) if empty.any() else float(values.min())
     contrast = np.clip((inner - outer) / np.maximum(inner - ground, FAINT), 0, 1)
-    contrast[around < 0.1 * area] = 1  # nothing is seen of the surroundings
+    hidden = around < 0.1 * area  # nothing is seen of the surroundings
+    contrast[hidden] = 1
+    if options.landscape == "intensity":
+        foot = _quantiles(found.labels[inside], values[inside], count, 0.05)
+        peak = _quantiles(found.labels[inside], values[inside], count, 0.95)
+        contrast = np.where(hidden, (peak - foot) / np.maximum(peak, FAINT), contrast)
     kept = (contrast >= options.contrast)[1:]
     scores = contrast[1:].astype(np.float32)
     return select_instances(Instances(found.labels, scores, found.engines), kept)
