@@ -87,6 +87,11 @@ def add_run_args(
         group.add_argument("--amp", choices=precisions, default="no", help="precision inside autocast, on a GPU")
     else:
         group.add_argument("--seed", type=natural, default=42, metavar="N", help="seed of everything random")
+    add_device_args(group)
+
+
+def add_device_args(group: argparse._ArgumentGroup) -> None:
+    """Add where networks run, see pick_device."""
     group.add_argument(
         "--device", default="auto", metavar="NAME", help="auto (cuda, then mps, then cpu), cpu, cuda, cuda:N or mps"
     )

@@ -14,14 +14,17 @@ from slide_io import open_slide
 PILLOW_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 
 
-def list_pictures(words: Sequence[str]) -> list[Path]:
+def list_pictures(words: Sequence[str], more: Sequence[str] = ()) -> list[Path]:
     """Images and slides behind file names, folders and globs, in order of name within each.
+
+    Args:
+        more: suffixes that count in folders too, in lower case.
 
     Raises:
         FileNotFoundError: a word stands for nothing.
     """
     found: list[Path] = []
-    suffixes = (*IMAGE_SUFFIXES, *SLIDE_SUFFIXES)
+    suffixes = (*IMAGE_SUFFIXES, *SLIDE_SUFFIXES, *more)
     for word in map(str, words):
         path = Path(word).expanduser()
         if path.is_dir():

@@ -1,0 +1,510 @@
+"""Draft labels for unlabelled pictures: masks and label maps to train on, tables of objects, a list of what to review.
+
+Examples:
+    python annotate.py --images pictures
+    python annotate.py --images pictures --detector bubbles.onnx --sam sam_vit_b_01ec64.pth --panels
+    python annotate.py --images froth.mp4 --fps 1 --mm-per-pixel 0.05
+    python annotate.py --images pictures --against masks --tune 4
+
+The output folder is a data set for train.py. What is done is not done again, and labels that a person edited are never
+overwritten. Files that cannot be read are named, the rest is done, and the exit status is 1.
+"""
+
+import argparse
+import hashlib
+import multiprocessing
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cli
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from annotation.engines import EngineOptions, Engines
+    from annotation.records import FileOptions
+
+INTERRUPTED = "the same command goes on where it stopped"
+PREVIEWS = 8  # pictures in TensorBoard
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Flags of annotate.py."""
+    from annotation.engines import add_engine_args
+    from annotation.scoring import add_score_args
+    from annotation.tuning import add_tune_args
+    from annotation.video import add_frame_args
+
+    parser = cli.make_parser("Draft labels for unlabelled pictures: watershed, detectors, SAM, or a trained network.")
+    add_image_args(parser)
+    add_output_args(parser)
+    add_run_args(parser)
+    cli.add_log_args(parser)
+    add_engine_args(parser)
+    add_frame_args(parser)
+    add_score_args(parser)
+    add_tune_args(parser)
+    return parser
+
+
+def add_image_args(parser: argparse.ArgumentParser) -> None:
+    """Add where the pictures are, and where the labels go."""
+    group = parser.add_argument_group("pictures")
+    group.add_argument(
+        "--images",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="picture or video files, folders of them, or globs",
+    )
+    group.add_argument(
+        "-o", "--output-dir", type=Path, metavar="DIR", help="output; default: <folder of the pictures>_labels"
+    )
+    group.add_argument(
+        "--max-megapixels",
+        type=cli.positive_float,
+        default=50.0,
+        metavar="N",
+        help="larger pictures are looked at window by window, in bounded memory",
+    )
+
+
+def add_output_args(parser: argparse.ArgumentParser) -> None:
+    """Add what is written about each picture."""
+    group = parser.add_argument_group("output")
+    cli.add_switch(group, "--copy", help="copy the pictures into images/ instead of linking them")
+    group.add_argument(
+        "--gap",
+        type=cli.natural,
+        default=1,
+        metavar="N",
+        help="pixels of background between touching objects in gt/; label maps have none",
+    )
+    group.add_argument("--mm-per-pixel", type=cli.positive_float, metavar="X", help="adds millimetres to objects.csv")
+    group.add_argument(
+        "--coco", choices=("rle", "polygons"), default="rle", help="how annotations.json describes objects"
+    )
+    group.add_argument("--yolo", choices=("detect", "segment"), default="detect", help="boxes or outlines in yolo/")
+    cli.add_switch(group, "--overlays", default=True, help="draw the objects over each picture")
+    cli.add_switch(group, "--panels", help="draw a page for each picture: itself, each engine's objects, all together")
+    cli.add_switch(group, "--geojson", help="write outlines for QuPath too")
+
+
+def add_run_args(parser: argparse.ArgumentParser) -> None:
+    """Add how many pictures are in work at a time, and where networks run."""
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "-w", "--workers", type=cli.positive_int, default=2, metavar="N", help="pictures at a time, a process for each"
+    )
+    cli.add_device_args(group)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, find the pictures, annotate each, write the tables."""
+    parser = build_parser()
+    args = cli.parse(parser, argv)
+    with cli.plain_errors(parser, interrupted=INTERRUPTED):
+        failures = run(args, argv)
+    cli.exit_with_findings(parser, failures)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What each process needs to know.
+
+    settings: digest of everything that changes the objects of a picture.
+    """
+
+    engines: "EngineOptions"
+    files: "FileOptions"
+    settings: str
+    max_pixels: float
+    megapixels: float
+
+
+def run(args: argparse.Namespace, argv: Sequence[str] | None) -> list[str]:
+    """Annotate all pictures; return what went wrong."""
+    cli.share_cores()
+
+    from annotation import scoring
+    from annotation.engines import options_from
+    from annotation.report import write_tables
+
+    score_options = scoring.options_from(args)
+    device = pick_device(args)
+    engines = options_from(args, device)
+    pictures, videos = find_pictures(args.images)
+    files = file_options(args, pictures, videos)
+    check_folder(files.folder, pictures)
+    frames, failures = take_frames(videos, files.folder, args)
+    stems, doubled = name_pictures([*pictures, *frames])
+    failures += doubled
+    if not stems:
+        return failures
+    if args.tune:
+        engines = tune_engines(args, engines, stems, files.folder, failures)
+    task = make_task(args, engines, files, stems)
+    print(f"engines: {', '.join(engines.names)}; {len(stems)} picture{'s' * (len(stems) > 1)} -> {files.folder}")
+    records, failed = annotate_all(task, stems, args.workers)
+    failures += failed
+    if not records:
+        return failures
+    write_tables(files, records, {"settings": cli.run_record(args, argv)})
+    print(summary_of(records))
+    finish_videos(videos, files, records, args)
+    if score_options.folder:
+        failures += print_scores(files, score_options, [record["stem"] for record in records])
+    log_previews(args, files, records)
+    return failures
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def find_pictures(words: Sequence[str]) -> tuple[list[Path], list[Path]]:
+    """Pictures and videos behind file names, folders and globs.
+
+    Raises:
+        FileNotFoundError: a word stands for nothing.
+    """
+    from annotation.video import VIDEO_SUFFIXES
+    from pictures import list_pictures
+
+    found = list_pictures(words, more=VIDEO_SUFFIXES)
+    videos = [path for path in found if path.suffix.lower() in VIDEO_SUFFIXES]
+    return [path for path in found if path not in videos], videos
+
+
+def file_options(args: argparse.Namespace, pictures: Sequence[Path], videos: Sequence[Path]) -> "FileOptions":
+    """What is written where."""
+    from annotation.records import FileOptions
+    from image_io import file_stem
+
+    folder = args.output_dir
+    if folder is None:
+        first = Path(args.images[0])
+        base = first if first.is_dir() else (pictures or videos)[0].parent
+        if not first.is_dir() and not pictures:
+            base = base / file_stem(videos[0])
+        base = base.resolve()
+        folder = base.with_name(f"{base.name}_labels")
+    return FileOptions(
+        folder,
+        copy=args.copy,
+        mm_per_pixel=args.mm_per_pixel,
+        overlays=args.overlays,
+        panels=args.panels,
+        geojson=args.geojson,
+        gap=args.gap,
+        coco=args.coco,
+        yolo=args.yolo,
+        decimal=args.decimal,
+    )
+
+
+def check_folder(folder: Path, pictures: Sequence[Path]) -> None:
+    """Refuse to write among the pictures, and where nothing can be written.
+
+    Raises:
+        UsageError: the output is a folder that pictures are read from.
+        OSError: it cannot be written to.
+    """
+    whole = folder.resolve()
+    for place in {path.parent.resolve() for path in pictures}:
+        if place in (whole, *(whole / name for name in ("gt", "labels", "overlays", "panels"))):
+            raise cli.UsageError(f"-o {folder}: pictures are read from {place}; expected another folder for the labels")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe.{time.time_ns()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(
+            error.errno, f"{error.strerror}; expected a folder that can be written to: name one with -o", str(folder)
+        ) from error
+
+
+def take_frames(videos: Sequence[Path], folder: Path, args: argparse.Namespace) -> tuple[list[Path], list[str]]:
+    """Write the chosen frames of videos into frames/; return their files and what went wrong."""
+    from annotation.video import FrameOptions, VideoError, extract_frames
+
+    frames, failures = [], []
+    options = FrameOptions(args.step, args.fps, args.skip_similar)
+    for video in videos:
+        try:
+            extracted = extract_frames(video, folder / "frames", options)
+        except VideoError as error:
+            failures.append(str(error))
+            continue
+        failures += extracted.findings
+        frames += [folder / "frames" / row["file"] for row in extracted.rows]
+        print(f"{video.name}: {len(extracted.rows)} frames")
+    return frames, failures
+
+
+def name_pictures(paths: Sequence[Path]) -> tuple[dict[str, Path], list[str]]:
+    """Stem to picture, and what shares the stem of another: their labels would have one name."""
+    from image_io import file_stem
+
+    stems: dict[str, Path] = {}
+    doubled = []
+    for path in paths:
+        stem = file_stem(path)
+        if stem in stems:
+            doubled.append(f"{path}: {stems[stem]} has the same stem, and labels are named by it; rename one of them")
+        else:
+            stems[stem] = path
+    return stems, doubled
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Engines
+
+
+def pick_device(args: argparse.Namespace) -> str:
+    """The device for networks; without weights PyTorch is not even loaded."""
+    networks = args.detector or args.sam or args.check_path or args.check_dir
+    return cli.pick_device(args.device, args.cpu) if networks else "cpu"
+
+
+def make_task(
+    args: argparse.Namespace, engines: "EngineOptions", files: "FileOptions", stems: Mapping[str, Path]
+) -> Task:
+    """What the processes share."""
+    from pictures import count_pixels
+
+    counted = sum(map(count_pixels, stems.values())) / 1e6 if "model" in engines.parts else 0.0
+    settings = hashlib.sha256(repr((engines.digest(), args.max_megapixels)).encode()).hexdigest()
+    return Task(engines, files, settings, args.max_megapixels * 1e6, counted)
+
+
+def tune_engines(
+    args: argparse.Namespace,
+    engines: "EngineOptions",
+    stems: Mapping[str, Path],
+    folder: Path,
+    failures: list[str],
+) -> "EngineOptions":
+    """Search the engines' settings on a few pictures with references; write them down and return the best."""
+    from annotation import scoring, tuning
+    from annotation.engines import Cache, Engines, space_of, with_settings
+
+    references = scoring.References(scoring.options_from(args))
+    samples, unread = tuning.read_samples(stems, references, args.tune)
+    failures += unread
+    print(f"tuning on {', '.join(sample.name for sample in samples)}")
+    loaded = Engines(engines)
+
+    def segment(image: "np.ndarray", settings: Mapping[str, Any], cache: Cache) -> Any:
+        changed = with_settings(args, settings, engines.device) if settings else engines
+        return loaded.changed(changed).find(image, cache)[0]
+
+    tuning_options = tuning.options_from(args)
+    found = tuning.tune(segment, space_of(engines), samples, tuning_options, tell=print)
+    path = tuning.write_tuning(folder, found, None, args.decimal)
+    print(f"chosen: {found.best.settings or 'the default'}; --settings {shlex.quote(str(path))} uses it again")
+    return with_settings(args, found.best.settings, engines.device)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Each picture
+
+
+_LOADED: tuple[Task, "Engines"] | None = None  # of a process
+
+
+def start_process(task: Task) -> None:
+    """Load the engines once in each process."""
+    global _LOADED
+    cli.share_cores()
+    from annotation.engines import Engines
+
+    _LOADED = task, Engines(task.engines, megapixels=task.megapixels or None)
+
+
+def annotate_one(path: Path) -> dict[str, Any] | str:
+    """Annotate one picture; return its record, or what went wrong."""
+    import cv2
+
+    from image_io import file_stem
+
+    assert _LOADED is not None
+    task, engines = _LOADED
+    try:
+        return annotate_picture(task, engines, path, file_stem(path))
+    except (OSError, ValueError, RuntimeError, MemoryError, cv2.error) as error:
+        text = cli.plain_message(error) or type(error).__name__
+        return text if str(path) in text else f"{path}: {text}"
+
+
+def annotate_picture(task: Task, engines: "Engines", path: Path, stem: str) -> dict[str, Any]:
+    """Annotate one picture and write its files, unless that was done, or somebody edited them."""
+    from annotation.files import write_edited, write_image_files
+    from annotation.records import brief, digest_file, is_done, is_edited, read_record
+    from image_io import read_image
+    from pictures import count_pixels
+
+    digest = digest_file(path)
+    if is_done(task.files, stem, digest, task.settings):
+        record = read_record(task.files, stem)
+        assert record is not None
+        return brief(record) | {"was_done": True}
+    if count_pixels(path) > task.max_pixels:
+        return annotate_large(task, engines, path, stem, digest)
+    image = read_image(path)
+    if is_edited(task.files, stem):
+        return write_edited(task.files, path, image, task.settings, image_digest=digest)
+    begin = time.perf_counter()
+    found, parts = engines.find(image)
+    seconds = time.perf_counter() - begin
+    return write_image_files(task.files, path, image, found, parts, task.settings, seconds, image_digest=digest)
+
+
+def annotate_large(task: Task, engines: "Engines", path: Path, stem: str, digest: str) -> dict[str, Any]:
+    """Annotate a picture window by window."""
+    raise NotImplementedError
+
+
+def annotate_all(task: Task, stems: Mapping[str, Path], workers: int) -> tuple[list[dict[str, Any]], list[str]]:
+    """Annotate all pictures; return the records of those that have labels, and what went wrong with the others."""
+    from tqdm import tqdm
+
+    records, failures, begin, pixels = [], [], time.perf_counter(), 0
+    with (
+        ExitStack() as stack,
+        tqdm(total=len(stems), desc="annotate", unit="picture", leave=False, disable=None) as bar,
+    ):
+        for path, record in run_processes(task, list(stems.values()), workers, stack):
+            bar.update()
+            if isinstance(record, str):
+                failures.append(record)
+                print(f"{path.name}: failed")
+                continue
+            records.append(record)
+            if not record.get("was_done"):
+                pixels += record["size"][0] * record["size"][1]
+                bar.set_postfix_str(f"{pixels / 1e6 / (time.perf_counter() - begin):.2f} MP/s")
+    before = sum(bool(record.pop("was_done", False)) for record in records)
+    seconds = time.perf_counter() - begin
+    made = len(records) - before
+    if before:
+        print(f"{before} already done")
+    if made:
+        print(f"{made} annotated: {pixels / 1e6:.1f} MP in {seconds:.1f} s, {pixels / 1e6 / seconds:.2f} MP/s")
+    return records, failures
+
+
+def run_processes(
+    task: Task, paths: Sequence[Path], workers: int, stack: ExitStack
+) -> Iterator[tuple[Path, dict[str, Any] | str]]:
+    """Each picture with its record or message, in order; one worker works in this process."""
+    if min(workers, len(paths)) < 2:
+        start_process(task)
+        yield from ((path, annotate_one(path)) for path in paths)
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = stack.enter_context(
+        ProcessPoolExecutor(min(workers, len(paths)), context, initializer=start_process, initargs=(task,))
+    )
+    stack.callback(pool.shutdown, wait=True, cancel_futures=True)
+    yield from zip(paths, pool.map(annotate_one, paths), strict=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# After all pictures
+
+
+def summary_of(records: Sequence[Mapping[str, Any]]) -> str:
+    """Lines for the terminal: objects, and what to look at."""
+    objects = sum(record["objects"] for record in records)
+    flagged = sum(bool(record["flags"]) for record in records)
+    edited = sum(any(record["edited"].values()) for record in records)
+    lines = [f"{objects} objects in {len(records)} picture{'s' * (len(records) > 1)}"]
+    if edited:
+        lines.append(f"{edited} edited by hand: kept")
+    if flagged:
+        lines.append(f"{flagged} worth a look: review.csv lists them, the most doubtful first")
+    return "\n".join(lines)
+
+
+def print_scores(files: "FileOptions", options: Any, stems: Sequence[str]) -> list[str]:
+    """Compare the label maps with references; return what could not be compared."""
+    from annotation.records import list_label_files
+    from annotation.scoring import score_files, write_scores
+
+    found = {stem: paths[0] for stem in stems if (paths := list_label_files(files.folder, "labels", stem))}
+    board, failures = score_files(found, options)
+    for line in board.lines():
+        print(line)
+    print(f"scores in {write_scores(files.folder, board, files.decimal)}")
+    return failures
+
+
+def finish_videos(
+    videos: Sequence[Path], files: "FileOptions", records: Sequence[Mapping[str, Any]], args: argparse.Namespace
+) -> None:
+    """Counts and sizes over time, and a video of the overlays, for each video."""
+    if not videos:
+        return
+    from annotation.records import read_record
+    from annotation.video import frame_rows, list_frames, play_rate, write_time_tables, write_video
+    from image_io import file_stem, read_image
+
+    frames = list_frames(files.folder / "frames")
+
+    def objects() -> Iterator[dict[str, Any]]:
+        for record in records:
+            table = (read_record(files, record["stem"]) or {}).get("table", {})
+            for area, diameter in zip(table.get("area", ()), table.get("equivalent_diameter", ()), strict=True):
+                yield {"image": record["stem"], "area": area, "equivalent_diameter": diameter}
+
+    unit = "pixels" if args.mm_per_pixel is None else "mm"
+    rows = frame_rows(frames, objects(), mm_per_pixel=args.mm_per_pixel)
+    write_time_tables(files.folder, rows, decimal=args.decimal, unit=unit)
+    for video in videos if files.overlays else ():
+        own = [row for row in rows if row["video"] == video.name]
+        overlays = (files.place("overlays", file_stem(Path(row["file"]))) for row in own)
+        path = files.folder / f"{file_stem(video)}_overlay.mp4"
+        if write_video(path, (read_image(each) for each in overlays if each.is_file()), play_rate(own)):
+            print(f"overlay video: {path}")
+
+
+def log_previews(args: argparse.Namespace, files: "FileOptions", records: Sequence[Mapping[str, Any]]) -> None:
+    """Previews, counts and histograms of sizes in TensorBoard."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    from annotation.records import read_record
+    from image_io import read_image
+    from run_folder import shrink_panel
+
+    whole = files.folder.resolve()
+    folder = args.log_dir / (args.exp_name or f"annotate_{whole.parent.name}_{whole.name}")
+    import numpy as np
+
+    with SummaryWriter(str(folder)) as writer:
+        diameters = []
+        for number, record in enumerate(records):
+            table = (read_record(files, record["stem"]) or {}).get("table", {})
+            diameters.append(np.array(table.get("equivalent_diameter", ()), np.float64))
+            writer.add_scalar("annotate/objects", record["objects"], number)
+            writer.add_scalar("annotate/coverage", record["coverage"], number)
+        sizes = np.concatenate(diameters)
+        if len(sizes):
+            writer.add_histogram("annotate/equivalent diameter (pixels)", sizes)
+        for record in records[:: max(1, len(records) // PREVIEWS)][:PREVIEWS]:
+            path = files.place("overlays", record["stem"])
+            if path.is_file():
+                writer.add_image(f"annotate/{record['stem']}", shrink_panel(read_image(path)), dataformats="HWC")
+    print(f"tensorboard --logdir {shlex.quote(str(args.log_dir))}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
