@@ -33,6 +33,7 @@ Segment = Callable[[np.ndarray, Settings, dict[Any, Any]], Instances]
 
 OBJECTIVES = {"f1": 0.5, "mean_f1": None}
 PARENTS = 6  # settings that are mixed
+WORTH = 0.005  # of the score: what a parameter must gain to be changed
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class TuneOptions:
     objective: str = "f1"
     min_area: int = 0
     seed: int = 42
-    keep: float = 0.5
+    keep: float = 0.7
     halving: int = 3
 
     def __post_init__(self) -> None:
@@ -86,6 +87,11 @@ class Trial:
     def last(self) -> float:
         """The score on the last rung it reached; below everything when it failed."""
         return -1.0 if self.failure or not self.scores else self.scores[-1]
+
+    @property
+    def final(self) -> float:
+        """Of one that reached the last rung, the mean over whole pictures and their copies."""
+        return (self.scores[1] + self.scores[2]) / 2
 
     @property
     def rungs(self) -> int:
@@ -284,7 +290,8 @@ def tune(
                 f"default {trials[0].last:.3f}"
             )
         alive = survivors(alive, options.halving) if number < len(rungs) - 1 else alive
-    return Tuning(choose(trials), trials, options.objective)
+    best, tried = simplify(choose(trials), trials, segment, rungs, options)
+    return Tuning(best, trials + tried, options.objective)
 
 
 def _try(trial: Trial, segment: Segment, views: Sequence[View], options: TuneOptions) -> None:
@@ -314,11 +321,43 @@ def choose(trials: Sequence[Trial]) -> Trial:
     """The setting to use: of those that reached the last rung the best over whole pictures and their copies.
 
     It must not be below the default on the whole pictures themselves.
+
+    Args:
+        trials: the default first.
     """
     default = trials[0]
     finalists = [t for t in trials if not t.failure and t.rungs == default.rungs]
     able = [t for t in finalists if t.scores[1] >= default.scores[1]]
-    return max(able, key=lambda t: (t.scores[1] + t.scores[2], -t.number))
+    return max(able, key=lambda t: (t.final, -t.number))
+
+
+def simplify(
+    best: Trial, trials: Sequence[Trial], segment: Segment, rungs: Sequence[Sequence[View]], options: TuneOptions
+) -> tuple[Trial, list[Trial]]:
+    """Bring parameters of the best setting back to their default, one after the other, where that costs little.
+
+    What a parameter gains on few pictures it may lose on others: one that gains less than WORTH stays as by default.
+
+    Args:
+        trials: all so far, the default first.
+
+    Returns:
+        The setting to use, and those that were tried on the way.
+    """
+    chosen, tried, default = best, list[Trial](), trials[0]
+    for name in sorted(best.settings):
+        trial = Trial(len(trials) + len(tried), {key: v for key, v in chosen.settings.items() if key != name})
+        if trial.settings:
+            tried.append(trial)
+            for views in rungs:
+                _try(trial, segment, views, options)
+                for view in views:
+                    view.cache.clear()
+        else:
+            trial = default
+        if not trial.failure and trial.final > chosen.final - WORTH and trial.scores[1] >= default.scores[1]:
+            chosen = trial
+    return chosen, tried
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import numpy as np
 CROP_SHARE = 0.4  # of a picture's area, on the first rung
 SMALLEST_CROP, LARGEST_CROP = 128, 1024  # pixels along each side
 LARGEST_SIDE = 4096  # of larger pictures a window stands for the whole
-SCALES = (0.85, 1.2)  # of changed copies
+SCALES = (0.6, 1.3)  # of changed copies: other pictures hold objects of other sizes
 
 
 @dataclass(frozen=True, eq=False)

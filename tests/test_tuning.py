@@ -19,6 +19,7 @@ from annotation.presets import add_watershed_args
 from annotation.presets import options_from as watershed_options
 from annotation.scoring import References, ScoreOptions, add_score_args, connected_objects, score_labels
 from annotation.tuning import (
+    WORTH,
     Trial,
     TuneOptions,
     add_tune_args,
@@ -139,6 +140,24 @@ def test_rungs_halve_and_the_default_stays():
     assert [trial.number for trial in survivors(known, 3)] == [0, 1, 3]
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_parameters_that_gain_nothing_stay_as_by_default(seed):
+    space = {"level": (20, 60, "linear"), "unused": ["a", "b"], "idle": (0.0, 1.0, "linear")}
+    tuning = tune(Engine(), space, [scene(seed)], TuneOptions(trials=12, keep=0.0, seed=seed, min_area=10))
+    assert set(tuning.best.settings) == {"level"}
+    drawn = [trial for trial in tuning.trials[:12] if trial.rungs == 3 and trial.number]
+    assert tuning.best.scores[1] >= max(trial.scores[1] for trial in drawn) - 0.1
+
+
+def test_one_parameter_that_gains_little_gives_way_to_the_default():
+    def find(image, settings, cache):
+        return Engine()(image, {"level": 45 if settings else 46}, cache)
+
+    tuning = tune(find, {"idle": [1]}, [scene(0)], TuneOptions(trials=2, min_area=10))
+    default, other = tuning.trials
+    assert tuning.best is (default if other.final < default.final + WORTH else other)
+
+
 def test_children_mix_the_best():
     space = {name: (0.0, 1.0, "linear") for name in "abcdefgh"}
     trials = draw_trials(space, TuneOptions(trials=60))
@@ -165,7 +184,7 @@ def test_a_setting_that_fails_is_given_up_and_one_that_always_fails_is_an_error(
             raise ValueError("close 5 cannot be")
         return Engine()(image, settings, cache)
 
-    tuning = tune(fussy, SPACE, [scene(0)], TuneOptions(trials=20, min_area=10))
+    tuning = tune(fussy, SPACE, [scene(0)], TuneOptions(trials=40, keep=0.3, min_area=10))
     failed = [trial for trial in tuning.trials if trial.failure]
     assert failed and all(trial.settings["close"] == 5 for trial in failed) and tuning.best not in failed
     with pytest.raises(ValueError, match="the default setting fails .*: no weights"):
