@@ -12,13 +12,18 @@ overwritten. Files that cannot be read are named, the rest is done, and the exit
 
 import argparse
 import hashlib
+import json
 import multiprocessing
+import os
 import shlex
+import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +38,11 @@ if TYPE_CHECKING:
 
 INTERRUPTED = "the same command goes on where it stopped"
 PREVIEWS = 8  # pictures in TensorBoard
+DEATHS = 3  # of processes in a row
+KILLED = (
+    "the process that annotated it was killed from outside or crashed, mostly for want of memory; expected it to end "
+    "by itself: look at pictures in smaller windows with --max-megapixels, or use a computer with more memory"
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -135,9 +145,10 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> list[str]:
 
     from annotation import scoring
     from annotation.engines import options_from
-    from annotation.report import write_tables
 
     score_options = scoring.options_from(args)
+    if score_options.folder:
+        scoring.References(score_options)  # says now, and not in the end, that there are none
     device = pick_device(args)
     engines = options_from(args, device)
     pictures, videos = find_pictures(args.images)
@@ -156,13 +167,13 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> list[str]:
     failures += failed
     if not records:
         return failures
-    write_tables(files, records, {"settings": cli.run_record(args, argv)})
+    write_results(args, argv, files, records)
     print(summary_of(records))
-    finish_videos(videos, files, records, args)
+    failures += finish_videos(videos, files, records, args)
     if score_options.folder:
         failures += print_scores(files, score_options, [record["stem"] for record in records])
     log_previews(args, files, records)
-    return failures
+    return list(dict.fromkeys(failures))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -309,19 +320,29 @@ def tune_engines(
 
     tuning_options = tuning.options_from(args)
     found = tuning.tune(segment, space_of(engines), samples, tuning_options, tell=print)
-    path = tuning.write_tuning(folder, found, None, args.decimal)
+    path = tuning.write_tuning(folder, found, changed_flags(args), args.decimal)
     print(f"chosen: {found.best.settings or 'the default'}; --settings {shlex.quote(str(path))} uses it again")
     return with_settings(args, found.best.settings, engines.device)
+
+
+def changed_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags of the engines that are not as by default."""
+    from annotation.engines import add_engine_args
+
+    parser = argparse.ArgumentParser(add_help=False)
+    add_engine_args(parser)
+    defaults = {action.dest: action.default for action in parser._actions}
+    return {name: getattr(args, name) for name, default in defaults.items() if getattr(args, name) != default}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Each picture
 
 
-_LOADED: tuple[Task, "Engines"] | None = None  # of a process
+_LOADED: tuple[Task, "Engines"] | Exception | None = None  # of a process, or why it could not load them
 
 
-def start_process(task: Task) -> None:
+def load_engines(task: Task) -> None:
     """Load the engines once in each process."""
     global _LOADED
     cli.share_cores()
@@ -330,33 +351,66 @@ def start_process(task: Task) -> None:
     _LOADED = task, Engines(task.engines, megapixels=task.megapixels or None)
 
 
+def start_process(task: Task) -> None:
+    """Make a process ready; it ends with this one, and at once after Ctrl-C."""
+    global _LOADED
+    threading.Thread(target=follow_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        load_engines(task)
+    except Exception as error:  # raised when the first picture comes: from here it would only say that the pool broke
+        kind = cli.UsageError if isinstance(error, cli.UsageError) else RuntimeError
+        _LOADED = kind(cli.plain_message(error) or type(error).__name__)
+
+
+def follow_parent() -> None:
+    """End this process when the one that started it was killed: it would wait for pictures forever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 def annotate_one(path: Path) -> dict[str, Any] | str:
     """Annotate one picture; return its record, or what went wrong."""
-    import cv2
-
     from image_io import file_stem
 
     assert _LOADED is not None
+    if isinstance(_LOADED, Exception):
+        raise _LOADED
     task, engines = _LOADED
     try:
-        return annotate_picture(task, engines, path, file_stem(path))
-    except (OSError, ValueError, RuntimeError, MemoryError, cv2.error) as error:
+        return {**annotate_picture(task, engines, path, file_stem(path)), "notes": engines.all_notes()}
+    except Exception as error:  # one bad file stops nothing, whatever is wrong with it
+        if os.environ.get("TESSERA_TRACEBACK") == "1":
+            raise
         text = cli.plain_message(error) or type(error).__name__
         return text if str(path) in text else f"{path}: {text}"
 
 
+def find_done(task: Task, path: Path) -> dict[str, Any] | None:
+    """The record of a picture whose files are all there and up to date."""
+    from annotation.records import brief, digest_file, is_done, read_record
+    from image_io import ImageError, file_stem
+
+    stem = file_stem(path)
+    try:
+        if not task.files.record(stem).is_file() or not is_done(task.files, stem, digest_file(path), task.settings):
+            return None
+    except (OSError, ImageError):  # said when its turn comes
+        return None
+    record = read_record(task.files, stem)
+    return None if record is None else brief(record)
+
+
 def annotate_picture(task: Task, engines: "Engines", path: Path, stem: str) -> dict[str, Any]:
-    """Annotate one picture and write its files, unless that was done, or somebody edited them."""
+    """Annotate one picture and write its files, but none that somebody edited."""
     from annotation.files import write_edited, write_image_files
-    from annotation.records import brief, digest_file, is_done, is_edited, read_record
+    from annotation.records import digest_file, is_edited
     from image_io import read_image
     from pictures import count_pixels
 
     digest = digest_file(path)
-    if is_done(task.files, stem, digest, task.settings):
-        record = read_record(task.files, stem)
-        assert record is not None
-        return brief(record) | {"was_done": True}
     if count_pixels(path) > task.max_pixels:
         return annotate_large(task, engines, path, stem, digest)
     image = read_image(path)
@@ -377,49 +431,92 @@ def annotate_all(task: Task, stems: Mapping[str, Path], workers: int) -> tuple[l
     """Annotate all pictures; return the records of those that have labels, and what went wrong with the others."""
     from tqdm import tqdm
 
-    records, failures, begin, pixels = [], [], time.perf_counter(), 0
+    done = {path: found for path in stems.values() if (found := find_done(task, path))}
+    if done:
+        print(f"{len(done)} already done")
+    rest = [path for path in stems.values() if path not in done]
+    failures, notes, begin, pixels = list[str](), set[str](), time.perf_counter(), 0
     with (
-        ExitStack() as stack,
-        tqdm(total=len(stems), desc="annotate", unit="picture", leave=False, disable=None) as bar,
+        closing(run_processes(task, rest, workers)) as results,
+        tqdm(total=len(stems), initial=len(done), desc="annotate", unit="picture", leave=False, disable=None) as bar,
     ):
-        for path, record in run_processes(task, list(stems.values()), workers, stack):
+        for path, record in results:
             bar.update()
             if isinstance(record, str):
                 failures.append(record)
-                print(f"{path.name}: failed")
+                tqdm.write(f"{path.name}: failed")
                 continue
-            records.append(record)
-            if not record.get("was_done"):
-                pixels += record["size"][0] * record["size"][1]
-                bar.set_postfix_str(f"{pixels / 1e6 / (time.perf_counter() - begin):.2f} MP/s")
-    before = sum(bool(record.pop("was_done", False)) for record in records)
-    seconds = time.perf_counter() - begin
-    made = len(records) - before
-    if before:
-        print(f"{before} already done")
+            for note in record.pop("notes"):
+                if note not in notes:
+                    tqdm.write(note)
+                    notes.add(note)
+            done[path] = record
+            pixels += record["size"][0] * record["size"][1]
+            bar.set_postfix_str(f"{pixels / 1e6 / (time.perf_counter() - begin):.2f} MP/s")
+    seconds, made = time.perf_counter() - begin, len(rest) - len(failures)
     if made:
         print(f"{made} annotated: {pixels / 1e6:.1f} MP in {seconds:.1f} s, {pixels / 1e6 / seconds:.2f} MP/s")
-    return records, failures
+    return [done[path] for path in stems.values() if path in done], failures
 
 
 def run_processes(
-    task: Task, paths: Sequence[Path], workers: int, stack: ExitStack
-) -> Iterator[tuple[Path, dict[str, Any] | str]]:
-    """Each picture with its record or message, in order; one worker works in this process."""
-    if min(workers, len(paths)) < 2:
-        start_process(task)
-        yield from ((path, annotate_one(path)) for path in paths)
+    task: Task, paths: Sequence[Path], workers: int
+) -> Generator[tuple[Path, dict[str, Any] | str], None, None]:
+    """Each picture with its record or message, in order; one worker works in this process.
+
+    When a process is killed, which is mostly for want of memory, the rest is done by one process at a time, so that
+    the picture that kills it is known.
+
+    Raises:
+        RuntimeError: the engines cannot be loaded.
+    """
+    workers, waiting, killed = min(workers, len(paths)), list(paths), 0
+    if waiting and workers < 2:
+        load_engines(task)
+        yield from ((path, annotate_one(path)) for path in waiting)
         return
+    while waiting:
+        try:
+            for record in run_pool(task, waiting, workers):
+                yield waiting.pop(0), record
+                killed = 0
+        except BrokenProcessPool:
+            if workers > 1:
+                sys.stderr.write("a process was killed; the rest is done by one at a time\n")
+                workers = 1
+                continue
+            killed += 1
+            path = waiting.pop(0)
+            yield path, f"{path}: {KILLED}"
+            if killed == DEATHS:
+                break
+    yield from ((path, f"{path}: not done, for {DEATHS} processes in a row were killed") for path in waiting)
+
+
+def run_pool(task: Task, paths: Sequence[Path], workers: int) -> Iterator[dict[str, Any] | str]:
+    """What annotate_one says about each picture, in order, from processes."""
     context = multiprocessing.get_context("spawn")
-    pool = stack.enter_context(
-        ProcessPoolExecutor(min(workers, len(paths)), context, initializer=start_process, initargs=(task,))
-    )
-    stack.callback(pool.shutdown, wait=True, cancel_futures=True)
-    yield from zip(paths, pool.map(annotate_one, paths), strict=True)
+    pool = ProcessPoolExecutor(workers, context, initializer=start_process, initargs=(task,))
+    try:
+        yield from pool.map(annotate_one, paths)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # After all pictures
+
+
+def write_results(
+    args: argparse.Namespace, argv: Sequence[str] | None, files: "FileOptions", records: Sequence[Mapping[str, Any]]
+) -> None:
+    """Write the tables, and args.json, which --settings loads."""
+    from annotation.report import write_tables
+    from image_io import write_text
+
+    record = cli.run_record(args, argv)
+    write_tables(files, records, {"settings": record})
+    write_text(files.folder / "args.json", json.dumps(record, indent=2) + "\n")
 
 
 def summary_of(records: Sequence[Mapping[str, Any]]) -> str:
@@ -442,7 +539,7 @@ def print_scores(files: "FileOptions", options: Any, stems: Sequence[str]) -> li
 
     found = {stem: paths[0] for stem in stems if (paths := list_label_files(files.folder, "labels", stem))}
     board, failures = score_files(found, options)
-    for line in board.lines():
+    for line in (*board.lines(), *board.notes):
         print(line)
     print(f"scores in {write_scores(files.folder, board, files.decimal)}")
     return failures
@@ -450,31 +547,37 @@ def print_scores(files: "FileOptions", options: Any, stems: Sequence[str]) -> li
 
 def finish_videos(
     videos: Sequence[Path], files: "FileOptions", records: Sequence[Mapping[str, Any]], args: argparse.Namespace
-) -> None:
-    """Counts and sizes over time, and a video of the overlays, for each video."""
+) -> list[str]:
+    """Counts and sizes over time, and a video of the overlays, for each video; return what could not be written."""
     if not videos:
-        return
+        return []
     from annotation.records import read_record
-    from annotation.video import frame_rows, list_frames, play_rate, write_time_tables, write_video
+    from annotation.video import VideoError, frame_rows, list_frames, play_rate, write_time_tables, write_video
     from image_io import file_stem, read_image
 
-    frames = list_frames(files.folder / "frames")
+    stems = {record["stem"] for record in records}
+    frames = [row for row in list_frames(files.folder / "frames") if file_stem(Path(row["file"])) in stems]
 
     def objects() -> Iterator[dict[str, Any]]:
-        for record in records:
-            table = (read_record(files, record["stem"]) or {}).get("table", {})
+        for stem in sorted(stems):
+            table = (read_record(files, stem) or {}).get("table", {})
             for area, diameter in zip(table.get("area", ()), table.get("equivalent_diameter", ()), strict=True):
-                yield {"image": record["stem"], "area": area, "equivalent_diameter": diameter}
+                yield {"image": stem, "area": area, "equivalent_diameter": diameter}
 
     unit = "pixels" if args.mm_per_pixel is None else "mm"
     rows = frame_rows(frames, objects(), mm_per_pixel=args.mm_per_pixel)
     write_time_tables(files.folder, rows, decimal=args.decimal, unit=unit)
+    failures = []
     for video in videos if files.overlays else ():
         own = [row for row in rows if row["video"] == video.name]
         overlays = (files.place("overlays", file_stem(Path(row["file"]))) for row in own)
         path = files.folder / f"{file_stem(video)}_overlay.mp4"
-        if write_video(path, (read_image(each) for each in overlays if each.is_file()), play_rate(own)):
-            print(f"overlay video: {path}")
+        try:
+            if write_video(path, (read_image(each) for each in overlays if each.is_file()), play_rate(own)):
+                print(f"overlay video: {path}")
+        except VideoError as error:
+            failures.append(str(error))
+    return failures
 
 
 def log_previews(args: argparse.Namespace, files: "FileOptions", records: Sequence[Mapping[str, Any]]) -> None:

@@ -52,7 +52,10 @@ class EngineOptions:
 
     def digest(self) -> str:
         """Of all settings that change objects, and of the weights' content."""
-        own = asdict(replace(self, sam=replace(self.sam, cache=None, cache_gb=0, chunk=1)))
+        sam = replace(self.sam, cache=None, cache_gb=0, chunk=1)  # whatever these are, the objects are alike
+        detector = replace(self.detector, weights=None)  # the content of weights counts, not their place
+        trained = self.trained and replace(self.trained, path=Path())
+        own = asdict(replace(self, sam=sam, detector=detector, trained=trained))
         relevant = {name: own[name] for name in ("names", "merge", *SETTINGS) if name in _fields_of(self.parts)}
         files = [self.detector.weights, self.sam_path, self.trained.path if self.trained else None]
         content = [_digest_of(path) for path in files if path is not None]
@@ -186,7 +189,8 @@ class Engines:
         self._trained: Any = None
         if "yolo" in options.parts:
             self._detector = detectors.load_detector(options.detector, options.device)
-            self.notes.append(f"{self._detector.name}: {self._detector.note}")
+            if self._detector.note:
+                self.notes.append(f"{self._detector.name}: {self._detector.note}")
         if "sam" in options.parts and options.sam_path is not None:
             from annotation.sam import load_sam
 
@@ -196,6 +200,10 @@ class Engines:
 
             self._trained = load_trained(options.trained, options.device, megapixels=megapixels)
             self.notes.append(f"{options.trained.path}: {self._trained.note}")
+
+    def all_notes(self) -> list[str]:
+        """What is to be said about the networks, and about the images so far."""
+        return [*self.notes, *(self._trained.notes if self._trained else ())]
 
     def changed(self, options: EngineOptions) -> "Engines":
         """The same networks, which are not loaded again, with other settings."""
