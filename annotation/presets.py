@@ -66,6 +66,8 @@ class WatershedOptions:
     threshold: str = _flag("rule for the threshold of the picture", choices=("otsu", "weighted", "none"))
     gamma: float = _flag("brightness is raised to this power before that rule", cli.positive_float)
     level: float = _flag("the threshold itself, from 0 to 1; default: by the rule", cli.share)
+    lower: float = _flag("times this is the threshold that the rule gives", cli.positive_float)
+    relative: float = _flag("and above this share of the brightest nearby; 0: none", cli.share)
     local: float = _flag("objects are above the mean of a window of X sizes; 0: none", cli.not_negative)
     opening: int = _flag("smooth the mask by an opening N pixels wide", cli.natural, "N")
     holes: int = _flag("fill holes of at most N pixels; -1 fills all", _holes, "N")
@@ -92,6 +94,7 @@ SPACE: dict[str, list[Any] | tuple[float, float, str]] = {
     "ws_objects": ["bright", "dark", "rims"],
     "ws_blur": (0.5, 2.5, "log"),
     "ws_level": (0.05, 0.6, "log"),
+    "ws_relative": (0.0, 0.6, "linear"),
     "ws_neck": (0.6, 0.95, "linear"),
     "ws_core": (0.2, 0.7, "linear"),
     "ws_extent": (0.1, 0.6, "linear"),
@@ -109,6 +112,8 @@ _BASE = WatershedOptions(
     stretch=0.2,
     threshold="otsu",
     gamma=0.5,
+    lower=1.0,
+    relative=0.0,
     local=1.3,
     markers="all",
     landscape="distance",
@@ -150,7 +155,18 @@ _CTCI = replace(
     min_area=1,
 )
 PRESETS: dict[str, WatershedOptions] = {
-    "bubbles": replace(_BASE, objects="rims", local=0.0, holes=-1, core=0.0, extent=0.0, contrast=0.0),
+    "bubbles": replace(
+        _BASE,
+        objects="rims",
+        lower=0.75,
+        relative=0.4,
+        local=0.0,
+        opening=0,
+        holes=-1,
+        core=0.0,
+        extent=0.0,
+        contrast=0.0,
+    ),
     "nuclei": _BASE,
     "grains": replace(_BASE, objects="bright", threshold="none", local=3.0, contrast=0.0, neck=0.85),
     # crowded and glossy: each highlight floods its bubble down to the valleys

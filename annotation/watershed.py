@@ -46,6 +46,7 @@ QUANTILE_BINS = 128
 BLUR = 0.05
 SMOOTH = 0.05
 OPENING = 0.12
+REACH = 0.4
 MOST = 1e18  # of the brightness of a pixel
 COLOUR_SAMPLE = 1 << 14
 FAINT = 1e-6
@@ -255,7 +256,7 @@ def _choose_level(values: np.ndarray, options: WatershedOptions) -> WatershedOpt
         return replace(options, level=0.0)
     power = np.minimum(thin(values), 1)[None] ** np.float32(options.gamma)
     level = find_threshold(power, 0.0, 1.0, weighted=options.threshold == "weighted").at
-    return replace(options, level=float(level ** (1 / options.gamma)))
+    return replace(options, level=float(options.lower * level ** (1 / options.gamma)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -297,6 +298,9 @@ def _find_objects(values: np.ndarray, options: WatershedOptions) -> Instances:
 def _cut(values: np.ndarray, options: WatershedOptions) -> np.ndarray:
     """The mask of all objects together, (H, W) uint8 0 or 1."""
     mask = values > np.float32(options.level)
+    if options.relative:
+        side = max(3, int(REACH * options.size) | 1)
+        mask &= values > np.float32(options.relative) * cv2.dilate(values, np.ones((side, side), np.uint8))
     if options.local:
         side = int(options.local * options.size) | 1
         mask &= values > cv2.blur(values, (side, side), borderType=cv2.BORDER_REFLECT)
