@@ -12,7 +12,9 @@ from scipy.sparse.csgraph import connected_components
 
 MATCHES = ("iou", "ios")
 MERGES = ("nms", "greedy_nmm", "nmm")
-PAIRS_AT_ONCE = 1 << 21  # compared at a time: what bounds the memory
+PAIRS_AT_ONCE = 1 << 20  # compared at a time: what bounds the memory
+FEW_PAIRS = 1 << 22  # that match and are listed; where more do, the best boxes are taken block by block
+BLOCK = 256
 
 
 Mask = tuple[tuple[int, int], np.ndarray]  # (left, top) of a crop in the image, and the crop (h, w), bool
@@ -112,10 +114,12 @@ def match_boxes(first: np.ndarray, second: np.ndarray, match: str) -> np.ndarray
     return np.divide(shared, whole, out=np.zeros(len(first)), where=whole > 0)
 
 
-def overlapping_pairs(xyxy: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pairs (i, j) of boxes (n, 4) that may share an area, each pair once, in parts of bounded size.
+def _plan_sweep(xyxy: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
+    """How boxes (n, 4) are swept, along the axis on which fewer of them stand side by side.
 
-    Boxes are swept along the axis on which fewer of them stand side by side.
+    Returns:
+        The axis; the order of the boxes along it; how many of those that follow begin
+        before each ends, (n,).
     """
     count = len(xyxy)
     sweeps = []
@@ -124,7 +128,13 @@ def overlapping_pairs(xyxy: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray
         low, high = xyxy[order, axis], xyxy[order, axis + 2]
         following = np.maximum(np.searchsorted(low, high, "left") - np.arange(1, count + 1), 0)
         sweeps.append((int(following.sum()), axis, order, following))
-    _, axis, order, following = min(sweeps, key=lambda sweep: sweep[:2])
+    return min(sweeps, key=lambda sweep: sweep[:2])[1:]
+
+
+def overlapping_pairs(xyxy: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pairs (i, j) of boxes (n, 4) that share an area, each pair once, in parts of bounded size."""
+    count = len(xyxy)
+    axis, order, following = _plan_sweep(xyxy)
     across = 1 - axis
     ends = np.cumsum(following)
     start = 0
@@ -142,17 +152,14 @@ def overlapping_pairs(xyxy: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray
 
 def matching_pairs(
     xyxy: np.ndarray, match: str, threshold: float, classes: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs (i, j), (m,) each, of boxes of one class that match by more than a threshold; each pair once."""
-    found = []
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pairs (i, j) of boxes of one class that match by more than a threshold, as overlapping_pairs gives them."""
     for i, j in overlapping_pairs(xyxy):
         if classes is not None:
             same = classes[i] == classes[j]
             i, j = i[same], j[same]
         over = match_boxes(xyxy[i], xyxy[j], match) > threshold
-        found.append((i[over], j[over]))
-    empty = np.zeros(0, np.int64)
-    return tuple(np.concatenate([empty, *part]) for part in zip(*found, strict=True)) if found else (empty, empty)  # type: ignore[return-value]
+        yield i[over], j[over]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -183,20 +190,39 @@ def choose_owners(
     """
     if merge not in MERGES:
         raise ValueError(f"unknown way {merge!r} to merge boxes; expected one of: {' '.join(MERGES)}")
-    count = len(xyxy)
+    if match not in MATCHES:
+        raise ValueError(f"unknown measure {match!r} of boxes that match; expected one of: {' '.join(MATCHES)}")
     order = np.argsort(-np.asarray(scores), kind="stable")
-    rank = np.empty(count, np.int64)
-    rank[order] = np.arange(count)
-    i, j = matching_pairs(xyxy, match, threshold, classes)
-    i, j = np.minimum(rank[i], rank[j]), np.maximum(rank[i], rank[j])
-    ranks = group_numbers(i, j, count) if merge == "nmm" else _greedy_owners(i, j, count)
-    owners = np.empty(count, np.int64)
+    xyxy = np.asarray(xyxy)[order]
+    classes = None if classes is None else np.asarray(classes)[order]
+    if merge == "nmm":
+        ranks = _joined_owners(xyxy, classes, match, threshold)
+    else:
+        ranks = _greedy_owners(xyxy, classes, match, threshold)
+    owners = np.empty(len(xyxy), np.int64)
     owners[order] = order[ranks]
     return owners
 
 
-def _greedy_owners(i: np.ndarray, j: np.ndarray, count: int) -> np.ndarray:
-    """Owners by rank: pairs i < j, in the order of ranks, where i still stands."""
+def _joined_owners(xyxy: np.ndarray, classes: np.ndarray | None, match: str, threshold: float) -> np.ndarray:
+    """Owners of boxes in the order of their scores: the best that each is connected to by matches."""
+    owners = np.arange(len(xyxy))
+    for i, j in matching_pairs(xyxy, match, threshold, classes):
+        owners = group_numbers(owners[i], owners[j], len(xyxy))[owners]
+    return owners
+
+
+def _greedy_owners(xyxy: np.ndarray, classes: np.ndarray | None, match: str, threshold: float) -> np.ndarray:
+    """Owners of boxes in the order of their scores: the first that stands and matches; by a list of all pairs."""
+    count, listed = len(xyxy), 0
+    pairs = [(np.zeros(0, np.int64), np.zeros(0, np.int64))]
+    for part in matching_pairs(xyxy, match, threshold, classes):
+        pairs.append(part)
+        listed += len(part[0])
+        if listed > FEW_PAIRS and count > BLOCK:
+            return _crowded_owners(xyxy, classes, match, threshold)
+    i, j = (np.concatenate(part) for part in zip(*pairs, strict=True))
+    i, j = np.minimum(i, j), np.maximum(i, j)
     by_first = np.argsort(i, kind="stable")
     starts = np.searchsorted(i[by_first], np.arange(count + 1)).tolist()
     j = j[by_first]
@@ -206,6 +232,28 @@ def _greedy_owners(i: np.ndarray, j: np.ndarray, count: int) -> np.ndarray:
             owners[rank] = rank
             matched = j[starts[rank] : starts[rank + 1]]
             owners[matched[owners[matched] < 0]] = rank
+    return owners
+
+
+def _crowded_owners(xyxy: np.ndarray, classes: np.ndarray | None, match: str, threshold: float) -> np.ndarray:
+    """The same where too many pairs match to list them: the best BLOCK boxes at a time against all that are left."""
+    owners = np.full(len(xyxy), -1, np.int64)
+    left = np.arange(len(xyxy))
+    while len(left):
+        head, left = left[:BLOCK], left[BLOCK:]
+        own = None if classes is None else classes[head]
+        owners[head] = head[_greedy_owners(xyxy[head], own, match, threshold)]
+        standing = head[owners[head] == head]
+        for start in range(0, len(left), PAIRS_AT_ONCE // BLOCK):
+            part = left[start : start + PAIRS_AT_ONCE // BLOCK]
+            i, j = (axis.ravel() for axis in np.meshgrid(standing, part, indexing="ij"))
+            over = match_boxes(xyxy[i], xyxy[j], match) > threshold
+            if classes is not None:
+                over &= classes[i] == classes[j]
+            table = over.reshape(len(standing), len(part))
+            taken = table.any(axis=0)
+            owners[part[taken]] = standing[table.argmax(axis=0)[taken]]
+        left = left[owners[left] < 0]
     return owners
 
 

@@ -24,6 +24,12 @@ from annotation.boxes import (
 seeds = st.integers(0, 2**32 - 1)
 
 
+def all_pairs(xyxy, match, threshold, classes=None):
+    parts = list(matching_pairs(xyxy, match, threshold, classes))
+    assert all(len(i) <= module.PAIRS_AT_ONCE + len(xyxy) for i, _ in parts)
+    return [pair for i, j in parts for pair in zip(i.tolist(), j.tolist(), strict=True)]
+
+
 def random_boxes(seed: int, count: int, side: float = 100.0, longest: float = 40.0):
     rng = np.random.default_rng(seed)
     corner = rng.uniform(0, side, (count, 2))
@@ -50,17 +56,15 @@ def test_pairs_are_those_of_all_pairs(seed, count, match):
         for j in range(i + 1, count)
         if classes[i] == classes[j] and slow_match(xyxy[i], xyxy[j], match) > 0.3
     }
-    i, j = matching_pairs(xyxy, match, 0.3, classes)
-    found = list(zip(np.minimum(i, j).tolist(), np.maximum(i, j).tolist(), strict=True))
+    found = [(min(pair), max(pair)) for pair in all_pairs(xyxy, match, 0.3, classes)]
     assert len(set(found)) == len(found) and set(found) == expected
 
 
 def test_pairs_in_small_parts_are_the_same(monkeypatch):
     xyxy, _, _ = random_boxes(1, 200)
-    whole = matching_pairs(xyxy, "iou", 0.2)
+    whole = all_pairs(xyxy, "iou", 0.2)
     monkeypatch.setattr(module, "PAIRS_AT_ONCE", 7)
-    parts = matching_pairs(xyxy, "iou", 0.2)
-    assert sorted(zip(*whole, strict=True)) == sorted(zip(*parts, strict=True)) and len(whole[0]) > 50
+    assert sorted(all_pairs(xyxy, "iou", 0.2)) == sorted(whole) and len(whole) > 50
 
 
 @given(seeds, st.integers(0, 80), st.floats(0.05, 0.95))
@@ -109,6 +113,26 @@ def test_owners_are_those_of_a_loop(seed, count, merge, match):
         owners.update(dict.fromkeys(members, best))
     found = choose_owners(xyxy, scores, classes, merge=merge, match=match, threshold=0.4)
     assert found.tolist() == [owners[i] for i in range(count)]
+
+
+@given(seeds, st.integers(0, 120), st.sampled_from(["iou", "ios"]), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_crowds_are_decided_alike(seed, count, match, one_class):
+    xyxy, scores, classes = random_boxes(seed, count, 40)
+    rules = {"match": match, "threshold": 0.3}
+    classes = None if one_class else classes
+    listed = choose_owners(xyxy, scores, classes, **rules)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "FEW_PAIRS", -1)
+        patch.setattr(module, "BLOCK", 8)
+        patch.setattr(module, "PAIRS_AT_ONCE", 100)
+        blocks = []
+        original = module._crowded_owners
+        patch.setattr(module, "_crowded_owners", lambda *args: blocks.append(1) or original(*args))
+        assert choose_owners(xyxy, scores, classes, **rules).tolist() == listed.tolist()
+        assert bool(blocks) == (count > 8)
+        joined = choose_owners(xyxy, scores, classes, merge="nmm", **rules)
+    assert joined.tolist() == choose_owners(xyxy, scores, classes, merge="nmm", **rules).tolist()
 
 
 @given(seeds, st.integers(1, 30), st.sampled_from(["greedy_nmm", "nmm"]))
