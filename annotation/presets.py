@@ -64,7 +64,9 @@ class WatershedOptions:
     size: float = _flag("diameter of the typical object; default: measured", cli.positive_float)
     # a mask
     threshold: str = _flag("rule for the threshold of the picture", choices=("otsu", "weighted", "none"))
-    gamma: float = _flag("brightness is raised to this power before that rule", cli.positive_float)
+    gamma: float = _flag(
+        "brightness is raised to this power before that rule; default: by polarity", cli.positive_float
+    )
     level: float = _flag("the threshold itself, from 0 to 1; default: by the rule", cli.share)
     lower: float = _flag("times this is the threshold that the rule gives", cli.positive_float)
     relative: float = _flag("and above this share of the brightest nearby; 0: none", cli.share)
@@ -84,6 +86,7 @@ class WatershedOptions:
     grow: int = _flag("grow objects by N pixels", cli.natural, "N")
     # rules
     contrast: float = _flag("drop what rises over its surroundings by less of its height", cli.share)
+    around: float = _flag("share of the surroundings that it has to rise over", cli.share)
     min_area: int = _flag("drop objects of fewer pixels", cli.natural, "N")
     max_area: int = _flag("drop objects of more pixels", cli.positive_int, "N")
     border: Literal["keep", "drop"] = _flag("objects at the frame of the picture", choices=("keep", "drop"))
@@ -111,7 +114,6 @@ _BASE = WatershedOptions(
     reconstruct=0,
     stretch=0.2,
     threshold="otsu",
-    gamma=0.5,
     lower=1.0,
     relative=0.0,
     local=1.3,
@@ -167,7 +169,7 @@ PRESETS: dict[str, WatershedOptions] = {
         extent=0.0,
         contrast=0.0,
     ),
-    "nuclei": _BASE,
+    "nuclei": replace(_BASE, local=1.1),
     "grains": replace(_BASE, objects="bright", threshold="none", local=3.0, contrast=0.0, neck=0.85),
     # crowded and glossy: each highlight floods its bubble down to the valleys
     "froth": replace(
@@ -184,7 +186,7 @@ PRESETS: dict[str, WatershedOptions] = {
         contrast=0.4,
     ),
     "fluorescence": replace(_BASE, objects="bright"),
-    "histology": replace(_BASE, objects="dark"),
+    "histology": replace(_BASE, objects="dark", gamma=0.7, local=1.1, around=0.9),
     "ctci": _CTCI,
     "ctci-code": replace(_CTCI, retinex=(50.0,), bilateral=9, reconstruct=5, blur=2.0, spacing=10),
 }

@@ -40,7 +40,6 @@ ENGINE = "watershed"
 SAMPLE_SIDE = 512  # of the windows that a large picture is judged by
 SAMPLE_PIXELS = 9 * SAMPLE_SIDE**2
 CHANNELS = ("red", "green", "blue")
-RING_RANK = 0.75
 HEIGHT_RANK = 0.8  # an object's height is reached by the rest of its pixels
 QUANTILE_BINS = 128
 BLUR = 0.05
@@ -233,10 +232,15 @@ def _choose_range(values: np.ndarray, options: WatershedOptions) -> WatershedOpt
     if options.objects is None:
         threshold = find_threshold(values, low, high).at
         options = replace(options, objects="dark" if (values > threshold).mean() > 0.5 else "bright")
-    if options.objects == "dark":
+    dark = (
+        options.objects == "dark"
+    )  # as a rule they are seen through others: no faint ones, and they rise on all sides
+    if dark:
         low, high = high, low
     return replace(
         options,
+        gamma=(1.0 if dark else 0.5) if options.gamma is None else options.gamma,
+        around=(0.9 if dark else 0.75) if options.around is None else options.around,
         black=low if options.black is None else options.black,
         white=high if options.white is None else options.white,
     )
@@ -391,7 +395,7 @@ def _judge(found: Instances, values: np.ndarray, mask: np.ndarray, options: Wate
     area = np.bincount(found.labels[inside], minlength=count)
     inner = np.bincount(found.labels[inside], values[inside], count) / np.maximum(area, 1)
     around = np.bincount(nearest[ring], minlength=count)
-    outer = _quantiles(nearest[ring], values[ring], count, RING_RANK)
+    outer = _quantiles(nearest[ring], values[ring], count, options.around)
     empty = cv2.dilate(mask, _ellipse(5)) == 0
     ground = float(np.median(thin(values[empty][None]))) if empty.any() else float(values.min())
     contrast = np.clip((inner - outer) / np.maximum(inner - ground, FAINT), 0, 1)
