@@ -33,12 +33,22 @@ def encode_objects(labels: np.ndarray) -> list[str]:
     inside = runs.values > 0
     order = np.argsort(runs.values[inside], kind="stable")
     ids, starts, lengths = (part[inside][order] for part in (runs.values, runs.places, runs.lengths))
+    return encode_runs(ids, starts, lengths, labels.size)
+
+
+def encode_runs(ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray, size: int) -> list[str]:
+    """Run lengths of objects that are given as runs down the columns.
+
+    Args:
+        ids: (m,) from 1, ascending, each at least once. starts, lengths: of the runs, in order, none touching the next.
+        size: pixels of the image.
+    """
     first = np.ones(len(ids), bool)
     first[1:] = ids[1:] != ids[:-1]
     last = np.roll(first, -1)
     ends = starts + lengths
     before = np.where(first, 0, np.roll(ends, 1))
-    rest = labels.size - ends[last]
+    rest = size - ends[last]
     # Of each object: gap, run, gap, run, ..., and what is left when there is any.
     tail = np.zeros(len(ids), np.int64)
     tail[last] = rest > 0

@@ -40,19 +40,25 @@ def summarise(found: Instances, objects: Mapping[str, list[Any]]) -> dict[str, A
         the objects that touch another), mean_score, lowest_score (a tenth of the objects score lower),
         median_diameter (equivalent, in pixels); None where there is no object.
     """
+    return summarise_objects(objects, found.scores, count_touching(found.labels), found.labels.size)
+
+
+def summarise_objects(
+    objects: Mapping[str, list[Any]], scores: np.ndarray, touching: int, pixels: int
+) -> dict[str, Any]:
+    """As summarise, from how many objects touch another and how many pixels the image has."""
     areas = np.array(objects["area"], np.float64)
-    size = found.labels.size
     summary = {
-        "objects": len(found),
-        "coverage": round(float(areas.sum() / size), 6),
-        "largest": round(float(areas.max(initial=0) / size), 6),
+        "objects": len(areas),
+        "coverage": round(float(areas.sum() / pixels), 6),
+        "largest": round(float(areas.max(initial=0) / pixels), 6),
     }
-    if not len(found):
+    if not len(areas):
         return summary | dict.fromkeys(("touching", "mean_score", "lowest_score", "median_diameter"))
     return summary | {
-        "touching": round(count_touching(found.labels) / len(found), 4),
-        "mean_score": round(float(found.scores.mean()), 4),
-        "lowest_score": round(float(np.quantile(found.scores, 0.1)), 4),
+        "touching": round(touching / len(areas), 4),
+        "mean_score": round(float(scores.mean()), 4),
+        "lowest_score": round(float(np.quantile(scores, 0.1)), 4),
         "median_diameter": round(float(np.median(objects["equivalent_diameter"])), 3),
     }
 

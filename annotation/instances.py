@@ -316,19 +316,40 @@ def object_rows(found: Instances, image: np.ndarray, *, mm_per_pixel: float | No
         return []
     runs = find_runs(found.labels)
     inside = runs.values > 0
-    ids = runs.values[inside] - 1
-    rows, columns, lengths = runs.rows[inside], runs.columns[inside], runs.lengths[inside]
-    count = len(found)
+    ids, count = runs.values[inside] - 1, len(found)
+    table = {"id": np.arange(1, count + 1)}
+    table |= measure_runs(ids, runs.rows[inside], runs.columns[inside], runs.lengths[inside], count)
+    table["mean_intensity"] = _mean_intensities(image, runs, count)
+    table["score"] = found.scores.astype(np.float64)
+    return list_rows(table, found.engines, mm_per_pixel)
+
+
+def measure_runs(
+    ids: np.ndarray, rows: np.ndarray, columns: np.ndarray, lengths: np.ndarray, count: int
+) -> dict[str, np.ndarray]:
+    """Sizes, places and shapes of objects from their runs.
+
+    Args:
+        ids: (m,) from 0 to count - 1, each at least once, with their rows, first columns and lengths; the rows of
+            each object ascend.
+        count: objects.
+
+    Returns:
+        The columns area to solidity of ROW_COLUMNS, (count,) each; see object_rows.
+    """
     area = np.bincount(ids, lengths, count)
     middle = columns + (lengths - 1) / 2
     x, y = np.bincount(ids, lengths * middle, count) / area, np.bincount(ids, lengths * rows, count) / area
-    left, right = np.full(count, found.labels.shape[1]), np.zeros(count, np.int64)
+    left, right = np.full(count, np.iinfo(np.int64).max), np.zeros(count, np.int64)
     np.minimum.at(left, ids, columns)
     np.maximum.at(right, ids, columns + lengths)
     bottom, top = np.zeros(count, np.int64), np.zeros(count, np.int64)
     bottom[ids], top[ids[::-1]] = rows + 1, rows[::-1]  # of several values for one entry the last one stays
-    table: dict[str, Any] = {
-        "id": np.arange(1, count + 1),
+    across, down = middle - x[ids], rows - y[ids]
+    xx = np.bincount(ids, lengths * across**2 + lengths * (lengths**2 - 1.0) / 12, count) / area
+    yy = np.bincount(ids, lengths * down**2, count) / area
+    xy = np.bincount(ids, lengths * across * down, count) / area
+    return {
         "area": area.astype(np.int64),
         "centroid_x": x,
         "centroid_y": y,
@@ -337,19 +358,19 @@ def object_rows(found: Instances, image: np.ndarray, *, mm_per_pixel: float | No
         "box_width": right - left,
         "box_height": bottom - top,
         "equivalent_diameter": 2 * np.sqrt(area / np.pi),
+        **_ellipses(xx, yy, xy),
+        "solidity": area / _hull_pixels(ids, rows, columns, lengths, count),
     }
-    across, down = middle - x[ids], rows - y[ids]
-    xx = np.bincount(ids, lengths * across**2 + lengths * (lengths**2 - 1.0) / 12, count) / area
-    yy = np.bincount(ids, lengths * down**2, count) / area
-    xy = np.bincount(ids, lengths * across * down, count) / area
-    table |= _ellipses(xx, yy, xy)
-    table["solidity"] = area / _hull_pixels(ids, rows, columns, lengths, count)
-    table["mean_intensity"] = _mean_intensities(image, runs, count)
+
+
+def list_rows(
+    table: dict[str, np.ndarray], engines: Sequence[str], mm_per_pixel: float | None = None
+) -> list[dict[str, Any]]:
+    """Rows of ROW_COLUMNS, with MM_COLUMNS where a scale is given, from all columns (n,) but that of the engines."""
     if mm_per_pixel is not None:
-        table["area_mm2"] = area * mm_per_pixel**2
+        table = table | {"area_mm2": table["area"] * mm_per_pixel**2}
         table |= {f"{name}_mm": table[name] * mm_per_pixel for name in LENGTHS}
-    lists = {name: _tidy(values) for name, values in table.items()}
-    lists |= {"engine": list(found.engines), "score": _tidy(found.scores.astype(np.float64))}
+    lists = {name: _tidy(values) for name, values in table.items()} | {"engine": list(engines)}
     names = (*ROW_COLUMNS, *(MM_COLUMNS if mm_per_pixel is not None else ()))
     return [dict(zip(names, row, strict=True)) for row in zip(*(lists[name] for name in names), strict=True)]
 

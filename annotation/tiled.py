@@ -118,6 +118,7 @@ def annotate_tiled(
     digest: str = "",
     take_rows: Callable[[list[dict[str, Any]]], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    complete: Callable[[TiledResult, Bands], None] | None = None,
 ) -> TiledResult:
     """Annotate a picture of any size.
 
@@ -130,6 +131,8 @@ def annotate_tiled(
             windows that was in work. Without one it begins anew.
         take_rows: gets the rows of the objects (see instances.object_rows) in portions, as the objects end.
         progress: called with windows done and windows in all.
+        complete: called when both files are there, with the result and the bands of the label map (h, W) uint32. What
+            a run needs to go on is removed afterwards.
 
     Raises:
         SlideError: the picture cannot be read.
@@ -138,12 +141,11 @@ def annotate_tiled(
     """
     with ExitStack() as stack:
         key = f"{FORMAT} {options.tile} {options.margin} {digest}" if digest else ""
-        key = f"{FORMAT} {options.tile} {options.margin} {digest}" if digest else ""
         draft, state = _open_draft(files.work / "draft", key, grid)
         stack.callback(draft.close)
         spool = _Spool(draft, Stitcher(grid.height, grid.width, options.tile, options.margin), key, state)
         parts = _draw_draft(grid, engine, options, spool, progress)
-        bands = _portions(draft, grid.width)
+        bands = _portions(draft, "draft", grid.width)
         joined = join_parts(bands, parts)
         final = stack.enter_context(_open_anew(files.work / "final", "", grid, {"labels": np.uint32, "mask": np.uint8}))
         numbered = _measured(label_parts(bands, joined), grid, joined, files.mm_per_pixel, take_rows)
@@ -153,12 +155,15 @@ def annotate_tiled(
             final.append({"labels": labels, "mask": mask})
         for name, path in (("labels", files.labels), ("mask", files.mask)):
             final.finish(name, path, kind=files.kind)
+        result = TiledResult(grid.height, grid.width, len(joined), covered, list(grid.damage))
+        if complete is not None:
+            complete(result, _portions(final, "labels", grid.width))
         final.remove()
         (files.work / "draft" / STATE).unlink(missing_ok=True)
         draft.remove()
     with suppress(OSError):
         files.work.rmdir()
-    return TiledResult(grid.height, grid.width, len(joined), covered, list(grid.damage))
+    return result
 
 
 def _open(folder: Path, key: str, grid: Grid, kinds: dict[str, Any]) -> Job:
@@ -293,12 +298,12 @@ def _call(engine: Engine, window: Window, pixels: np.ndarray, valid: np.ndarray 
 # Parts to objects
 
 
-def _portions(draft: Job, width: int) -> Bands:
-    """Bands of the spool in portions of BAND_PIXELS."""
+def _portions(job: Job, name: str, width: int) -> Bands:
+    """Bands of a spool in portions of BAND_PIXELS."""
     rows = max(1, BAND_PIXELS // width)
 
     def read() -> Iterator[Band]:
-        for top, band in draft.bands("draft"):
+        for top, band in job.bands(name):
             for start in range(0, len(band), rows):
                 yield top + start, band[start : start + rows]
 

@@ -1,10 +1,11 @@
-"""The table of objects of a label map that comes in bands: each object is measured when its last row has come."""
+"""Rows and run lengths of the objects of a label map that comes in bands: each object's when its last row has come."""
 
 from typing import Any
 
 import numpy as np
 
-from annotation.instances import LENGTHS, MM_COLUMNS, ROW_COLUMNS, _ellipses, _hull_pixels, _tidy, find_runs
+from annotation.coco import encode_runs
+from annotation.instances import find_runs, list_rows, measure_runs
 
 
 class ObjectRows:
@@ -43,43 +44,49 @@ class ObjectRows:
         if not runs.shape[1]:
             return []
         numbers, ids = np.unique(runs[0].astype(np.int64), return_inverse=True)
-        rows, columns, lengths = (column.astype(np.int64) for column in runs[1:4])
         count = len(numbers)
-        area = np.bincount(ids, lengths, count)
-        middle = columns + (lengths - 1) / 2
-        x, y = np.bincount(ids, lengths * middle, count) / area, np.bincount(ids, lengths * rows, count) / area
-        low, high = np.full((2, count), np.iinfo(np.int64).max), np.zeros((2, count), np.int64)
-        for axis, (first, end) in enumerate(((columns, columns + lengths), (rows, rows + 1))):
-            np.minimum.at(low[axis], ids, first)
-            np.maximum.at(high[axis], ids, end)
-        across, down = middle - x[ids], rows - y[ids]
-        xx = np.bincount(ids, lengths * across**2 + lengths * (lengths**2 - 1.0) / 12, count) / area
-        yy = np.bincount(ids, lengths * down**2, count) / area
-        xy = np.bincount(ids, lengths * across * down, count) / area
-        finite = np.bincount(ids, runs[5], count)
-        sums = np.bincount(ids, runs[4], count)
-        table: dict[str, np.ndarray] = {
-            "id": numbers,
-            "area": area.astype(np.int64),
-            "centroid_x": x,
-            "centroid_y": y,
-            "box_left": low[0],
-            "box_top": low[1],
-            "box_width": high[0] - low[0],
-            "box_height": high[1] - low[1],
-            "equivalent_diameter": 2 * np.sqrt(area / np.pi),
-            **_ellipses(xx, yy, xy),
-            "solidity": area / _hull_pixels(ids, rows, columns, lengths, count),
-            "mean_intensity": np.divide(sums, finite, out=np.full(count, np.nan), where=finite > 0),
-            "score": self._scores[numbers].astype(np.float64),
-        }
-        if self._scale is not None:
-            table["area_mm2"] = area * self._scale**2
-            table |= {f"{name}_mm": table[name] * self._scale for name in LENGTHS}
-        lists = {name: _tidy(values) for name, values in table.items()}
-        lists["engine"] = [self._engines[number] for number in numbers.tolist()]
-        names = (*ROW_COLUMNS, *(MM_COLUMNS if self._scale is not None else ()))
-        return [dict(zip(names, row, strict=True)) for row in zip(*(lists[name] for name in names), strict=True)]
+        rows, columns, lengths = (column.astype(np.int64) for column in runs[1:4])
+        finite, sums = np.bincount(ids, runs[5], count), np.bincount(ids, runs[4], count)
+        table = {"id": numbers, **measure_runs(ids, rows, columns, lengths, count)}
+        table["mean_intensity"] = np.divide(sums, finite, out=np.full(count, np.nan), where=finite > 0)
+        table["score"] = self._scores[numbers].astype(np.float64)
+        return list_rows(table, [self._engines[number] for number in numbers.tolist()], self._scale)
+
+
+class ObjectCounts:
+    """Takes labels from top to bottom and gives the run lengths of COCO of objects that ended, see coco.encode_objects.
+
+    What is kept are the runs down the columns of the objects that go on, 32 bytes for each column of each band.
+    """
+
+    def __init__(self, height: int, width: int, count: int) -> None:
+        """Size of the picture, and how many objects there are."""
+        self._size, self._count = (height, width), count
+        self._open = np.zeros((3, 0), np.int64)  # id, place down the columns, length
+
+    def add(self, top: int, labels: np.ndarray) -> tuple[list[int], list[str]]:
+        """Numbers and strings of the objects that end in this band; bands (h, W) come in order."""
+        height, width = self._size
+        runs = find_runs(np.ascontiguousarray(labels.T))
+        inside = runs.values > 0
+        places = runs.rows * height + runs.columns + top
+        columns = (runs.values, places, runs.lengths)
+        known = np.concatenate([self._open, [column[inside].astype(np.int64) for column in columns]], axis=1)
+        going_on = np.zeros(self._count + 1, bool)
+        if top + len(labels) < height:
+            going_on[labels[-1]] = True
+        stays = going_on[known[0]]
+        self._open = known[:, stays]
+        ended = known[:, ~stays]
+        if not ended.shape[1]:
+            return [], []
+        ids, starts, lengths = ended[:, np.lexsort((ended[1], ended[0]))]
+        first = np.ones(len(ids), bool)
+        first[1:] = (ids[1:] != ids[:-1]) | (starts[1:] != starts[:-1] + lengths[:-1])
+        whole = np.flatnonzero(first)
+        lengths = np.add.reduceat(lengths, whole)
+        numbers, owners = np.unique(ids[whole], return_inverse=True)
+        return numbers.tolist(), encode_runs(owners + 1, starts[whole], lengths, height * width)
 
 
 def _run_intensities(image: np.ndarray, places: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
