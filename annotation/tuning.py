@@ -33,7 +33,7 @@ Segment = Callable[[np.ndarray, Settings, dict[Any, Any]], Instances]
 
 OBJECTIVES = {"f1": 0.5, "mean_f1": None}
 PARENTS = 6  # settings that are mixed
-WORTH = 0.005  # of the score: what a parameter must gain to be changed
+WORTH = 0.01  # of the score: what a parameter must gain to be changed
 
 
 @dataclass(frozen=True)

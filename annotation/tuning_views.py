@@ -1,5 +1,6 @@
 """What settings of engines are tried on: parts of pictures, whole ones and changed copies, with their references."""
 
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ CROP_SHARE = 0.4  # of a picture's area, on the first rung
 SMALLEST_CROP, LARGEST_CROP = 128, 1024  # pixels along each side
 LARGEST_SIDE = 4096  # of larger pictures a window stands for the whole
 SCALES = (0.6, 1.3)  # of changed copies: other pictures hold objects of other sizes
+NOISES = (0.01, 0.03)  # of their range of values, for other pictures may be noisier
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +76,7 @@ def take_window(sample: Sample, sides: Sequence[int], rng: np.random.Generator) 
 
 
 def change_view(view: View, scale: float, rng: np.random.Generator) -> View:
-    """A copy that is turned or mirrored, `scale` times as large, with other contrast and brightness."""
+    """A copy that is turned or mirrored, `scale` times as large, with other tones and more noise."""
     image, labels = view.image, view.labels
     turns = int(rng.integers(4))
     image, labels = np.rot90(image, turns), np.rot90(labels, turns)
@@ -85,17 +87,18 @@ def change_view(view: View, scale: float, rng: np.random.Generator) -> View:
     scaled = np.stack([cv2.resize(c, size, interpolation=cv2.INTER_LINEAR) for c in channels], axis=-1)
     numbers = np.ascontiguousarray(labels).astype(np.float64)  # OpenCV does not resize every type of whole numbers
     objects = cv2.resize(numbers, size, interpolation=cv2.INTER_NEAREST).astype(np.int32)
-    return View(change_tones(scaled, rng.uniform(0.85, 1.15), rng.uniform(-0.05, 0.05)), objects)
+    gamma, noise = math.exp(rng.uniform(-0.3, 0.3)), float(rng.choice(NOISES))
+    return View(change_tones(scaled, gamma, noise, rng), objects)
 
 
-def change_tones(image: np.ndarray, gain: float, shift: float) -> np.ndarray:
-    """An image with its values spread by gain around their middle and moved by a share of their range."""
+def change_tones(image: np.ndarray, gamma: float, noise: float, rng: np.random.Generator) -> np.ndarray:
+    """An image whose values, as shares of their range, are raised to the power gamma; noise is a share of it too."""
     finite = image[np.isfinite(image)] if image.dtype.kind == "f" else image
-    if not finite.size:
+    if not finite.size or finite.min() == finite.max():
         return image
-    low, high = float(finite.min()), float(finite.max())
-    middle, span = (low + high) / 2, high - low
-    values = (image.astype(np.float64) - middle) * gain + middle + shift * span
+    low, span = float(finite.min()), float(finite.max()) - float(finite.min())
+    values = ((image.astype(np.float64) - low) / span) ** gamma * span + low
+    values += rng.normal(0, noise * span, image.shape)
     if image.dtype.kind != "f":
         info = np.iinfo(image.dtype)
         values = np.clip(np.rint(values), info.min, info.max)
