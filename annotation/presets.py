@@ -112,7 +112,7 @@ _BASE = WatershedOptions(
     bilateral_colour=1.0,
     bilateral_space=3.0,
     reconstruct=0,
-    stretch=0.2,
+    stretch=0.1,
     threshold="otsu",
     lower=1.0,
     relative=0.0,
@@ -131,7 +131,7 @@ _BASE = WatershedOptions(
 )
 # The predecessor's chain with its README's numbers, each stage done as it was meant: logarithms are not cut at 1e-5,
 # the bilateral filter knows the range of its data (75 grey levels were meant, of a spread of about 40), reconstruction
-# is of grey values and not of their bits, the stretch leaves 0.2 % out so that one pixel cannot scale the picture,
+# is of grey values and not of their bits, the stretch leaves 0.1 % out so that one pixel cannot scale the picture,
 # objects at the frame get a peak too, and the lines between objects are not painted over.
 _CTCI = replace(
     _BASE,

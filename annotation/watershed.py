@@ -5,13 +5,19 @@ its own height over the background, which finds the same outline for bright and 
 for the whole picture had joined. What does not rise over its surroundings is dropped.
 """
 
-from dataclasses import replace
-
 import cv2
 import numpy as np
 
 from annotation import basins
-from annotation.instances import Instances, clean_instances, empty_instances, number_instances, select_instances
+from annotation.automatic import fill_holes, prepare
+from annotation.instances import (
+    Instances,
+    clean_instances,
+    empty_instances,
+    find_runs,
+    number_instances,
+    select_instances,
+)
 from annotation.presets import (
     PRESET_NAMES,
     PRESETS,
@@ -19,11 +25,9 @@ from annotation.presets import (
     WatershedOptions,
     add_watershed_args,
     options_from,
-    with_preset,
 )
-from annotation.retinex import remove_spots, retinex, smooth_bilateral, wide_blur
-from annotation.scale import estimate_size
-from annotation.thresholds import find_threshold, thin
+from annotation.retinex import wide_blur
+from annotation.thresholds import thin
 
 __all__ = [
     "PRESETS",
@@ -37,20 +41,11 @@ __all__ = [
 ]
 
 ENGINE = "watershed"
-SAMPLE_SIDE = 512  # of the windows that a large picture is judged by
-SAMPLE_PIXELS = 9 * SAMPLE_SIDE**2
-CHANNELS = ("red", "green", "blue")
 HEIGHT_RANK = 0.8  # an object's height is reached by the rest of its pixels
 QUANTILE_BINS = 128
-BLUR = 0.05
-SMOOTH = 0.05
-OPENING = 0.12
-REACH = 0.4
-MOST = 1e18  # of the brightness of a pixel
-COLOUR_SAMPLE = 1 << 14
+SHAPE = 4  # power of the ellipse fit in a score: 0.9, which two discs in touch have, counts 0.66
+REACH = 0.4  # side of the square that holds the brightest nearby, as a share of the size
 FAINT = 1e-6
-RIM_HOLES = 0.1
-CROWDED = 0.35
 
 
 def segment(image: np.ndarray, options: WatershedOptions | None = None) -> Instances:
@@ -62,13 +57,13 @@ def segment(image: np.ndarray, options: WatershedOptions | None = None) -> Insta
         options: resolved or not; None chooses all from the picture.
 
     Returns:
-        The objects. A score is high where an object rises far over its surroundings and is convex.
+        The objects. A score is high where an object rises far over its surroundings and fills the ellipse around it.
     """
     options = options or WatershedOptions()
     height, width = image.shape[:2]
     if min(height, width) < 3:
         return empty_instances(height, width)
-    values, resolved = _prepare(image, options)
+    values, resolved = prepare(image, options)
     if values is None:
         return empty_instances(height, width)
     return _find_objects(values, resolved)
@@ -80,187 +75,7 @@ def choose_options(image: np.ndarray, options: WatershedOptions | None = None) -
     Returns:
         Options without None. segment gives the same with them as with the options they come from.
     """
-    return _prepare(image, options or WatershedOptions(), only_options=True)[1]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# From the picture to bright objects on a range of 0 to 1
-
-
-def _sample(image: np.ndarray) -> np.ndarray:
-    """The picture, or nine windows of a large one, evenly spread, side by side."""
-    height, width = image.shape[:2]
-    if height * width <= SAMPLE_PIXELS:
-        return image
-    high, wide = min(height, 3 * SAMPLE_SIDE), min(width, 3 * SAMPLE_SIDE)
-    rows = [np.arange(high // 3) + start for start in np.linspace(0, height - high // 3, 3).astype(int)]
-    columns = [np.arange(wide // 3) + start for start in np.linspace(0, width - wide // 3, 3).astype(int)]
-    return image[np.concatenate(rows)][:, np.concatenate(columns)]
-
-
-def _to_channel(image: np.ndarray, channel: str) -> np.ndarray:
-    """One channel (H, W) float32, finite."""
-    count = image.shape[2]
-    if channel in CHANNELS and count >= 3:
-        values = image[..., CHANNELS.index(channel)].astype(np.float32)
-    elif count == 1:
-        values = image[..., 0].astype(np.float32)
-    elif image.dtype == np.uint8 and count >= 3:
-        values = cv2.transform(np.ascontiguousarray(image[..., :3]), np.full((1, 3), 1 / 3)).astype(np.float32)
-    else:
-        values = image[..., :3].mean(axis=2, dtype=np.float64).astype(np.float32)
-    return _finite(values) if image.dtype.kind == "f" else values
-
-
-def _finite(values: np.ndarray) -> np.ndarray:
-    """Values (H, W) float32 whose squares of sums fit; what is no number becomes the median."""
-    values = np.clip(values, -MOST, MOST)
-    missing = np.isnan(values)
-    if missing.any():
-        values[missing] = 0 if missing.all() else np.median(values[~missing])
-    return values
-
-
-def _choose_channel(image: np.ndarray) -> str:
-    """The channel that Otsu's threshold parts best, for pictures in colour."""
-    if not _is_coloured(image):
-        return "grey"
-    best = {}
-    for name in ("grey", *CHANNELS):
-        values = cv2.blur(_to_channel(image, name), (3, 3))
-        best[name] = find_threshold(values, *_ends(values, 0.1)).separability
-    return max(best, key=lambda name: best[name])
-
-
-def _is_coloured(image: np.ndarray) -> bool:
-    """Whether channels differ by more than 1 % of the range, on average."""
-    if image.shape[2] < 3:
-        return False
-    step = max(1, int(np.sqrt(image.shape[0] * image.shape[1] / COLOUR_SAMPLE)))
-    red, green, blue = (_finite(image[::step, ::step, channel].astype(np.float32)) for channel in range(3))
-    span = max(float(one.max()) for one in (red, green, blue)) - min(float(one.min()) for one in (red, green, blue))
-    return float((np.abs(red - green) + np.abs(green - blue)).mean()) > 0.02 * span
-
-
-def _ends(values: np.ndarray, percentage: float) -> tuple[float, float]:
-    low, high = np.percentile(thin(values), [percentage, 100 - percentage])
-    return float(low), float(high)
-
-
-def _clean(values: np.ndarray, options: WatershedOptions) -> np.ndarray:
-    """Filters before the stretch; every field they use is set."""
-    if options.retinex:
-        values = retinex(values, options.retinex)
-    if options.bilateral:
-        values = smooth_bilateral(values, options.bilateral, options.bilateral_colour, options.bilateral_space)
-    if options.reconstruct:
-        values = remove_spots(values, options.reconstruct | 1)
-    return cv2.GaussianBlur(values, (0, 0), options.blur) if options.blur else values
-
-
-def _prepare(
-    image: np.ndarray, options: WatershedOptions, *, only_options: bool = False
-) -> tuple[np.ndarray | None, WatershedOptions]:
-    """The picture as bright objects on a range from 0, None where nothing is to be seen, and the resolved options."""
-    sample = _sample(image)
-    automatic = options.preset == "auto"
-    known = with_preset(options, "nuclei" if automatic else options.preset)
-    channel = known.channel or _choose_channel(sample)
-    values = plain = _to_channel(sample, channel)
-    if automatic:
-        known = with_preset(options, _choose_preset(plain, sample))
-    options = replace(known, channel=channel)
-    values = _clean(plain, options)
-    if options.size is None or options.blur is None:
-        rough = values if options.blur else cv2.GaussianBlur(values, (0, 0), 1.0)
-        found = _choose_range(rough, options)
-        size = options.size or estimate_size(_stretch(rough, found))
-        blur = float(np.clip(size * BLUR, 0.7, 3.0)) if options.blur is None else options.blur
-        values = _clean(plain, replace(options, blur=blur))
-        options = replace(options, size=size, blur=blur, objects=found.objects)
-    options = _choose_range(values, options)
-    stretched = _stretch(values, options)
-    options = _choose_level(stretched, options)
-    area = np.pi / 4 * options.size**2
-    options = replace(
-        options,
-        opening=max(3, int(OPENING * options.size) | 1) if options.opening is None else options.opening,
-        smooth=float(np.clip(options.size * SMOOTH, 0.7, 3.0)) if options.smooth is None else options.smooth,
-        holes=int(0.4 * area) if options.holes is None else options.holes,
-        min_area=max(20, int(0.05 * area)) if options.min_area is None else options.min_area,
-        max_area=_largest(image, options) if options.max_area is None else options.max_area,
-    )
-    if only_options or options.black == options.white:
-        return None, options
-    if sample is not image:
-        stretched = _stretch(_clean(_to_channel(image, options.channel), options), options)
-    return stretched, options
-
-
-def _largest(image: np.ndarray, options: WatershedOptions) -> int:
-    """Any area, but where every pixel belongs to some basin those many times the typical size are no objects."""
-    return int((8 * options.size) ** 2) if options.landscape == "intensity" else image.shape[0] * image.shape[1]
-
-
-def _choose_preset(values: np.ndarray, sample: np.ndarray) -> str:
-    """The preset for a channel of the sample: by what is the background, holes in the mask, colour and crowding."""
-    options = replace(PRESETS["nuclei"], blur=1.0, gamma=1.0)
-    values = _clean(values, options)
-    options = _choose_range(values, options)
-    coloured = _is_coloured(sample)
-    if options.black == options.white:
-        return "nuclei"
-    stretched = _stretch(values, options)
-    mask = stretched > _choose_level(stretched, options).level
-    network = _hole_share(mask) > RIM_HOLES  # what encloses so much is no objects but what lies around them
-    if options.objects == "dark":
-        return "grains" if network else "histology" if coloured else "nuclei"
-    if network:
-        return "bubbles"
-    return "froth" if coloured and mask.mean() > CROWDED else "fluorescence"
-
-
-def _hole_share(mask: np.ndarray) -> float:
-    """Area of the holes of a mask by the area of mask and holes."""
-    filled = _fill(mask.view(np.uint8), mask.size)
-    return float((filled.sum() - mask.sum()) / max(1, filled.sum()))
-
-
-def _choose_range(values: np.ndarray, options: WatershedOptions) -> WatershedOptions:
-    """Polarity, and the values that become 0 and 1."""
-    low, high = _ends(values, options.stretch)
-    if options.objects is None:
-        threshold = find_threshold(values, low, high).at
-        options = replace(options, objects="dark" if (values > threshold).mean() > 0.5 else "bright")
-    dark = (
-        options.objects == "dark"
-    )  # as a rule they are seen through others: no faint ones, and they rise on all sides
-    if dark:
-        low, high = high, low
-    return replace(
-        options,
-        gamma=(1.0 if dark else 0.5) if options.gamma is None else options.gamma,
-        around=(0.9 if dark else 0.75) if options.around is None else options.around,
-        black=low if options.black is None else options.black,
-        white=high if options.white is None else options.white,
-    )
-
-
-def _stretch(values: np.ndarray, options: WatershedOptions) -> np.ndarray:
-    span = options.white - options.black
-    if not abs(span) > 0:
-        return np.zeros_like(values)
-    return np.maximum((values - np.float32(options.black)) * np.float32(1 / span), 0)
-
-
-def _choose_level(values: np.ndarray, options: WatershedOptions) -> WatershedOptions:
-    if options.level is not None:
-        return options
-    if options.threshold == "none":
-        return replace(options, level=0.0)
-    power = np.minimum(thin(values), 1)[None] ** np.float32(options.gamma)
-    level = find_threshold(power, 0.0, 1.0, weighted=options.threshold == "weighted").at
-    return replace(options, level=float(options.lower * level ** (1 / options.gamma)))
+    return prepare(image, options or WatershedOptions(), only_options=True)[1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -316,23 +131,11 @@ def _tidy(mask: np.ndarray, options: WatershedOptions) -> np.ndarray:
     tidy = mask.view(np.uint8)
     if options.opening > 1:
         tidy = cv2.morphologyEx(tidy, cv2.MORPH_OPEN, _ellipse(options.opening))
-    return _fill(tidy, tidy.size if options.holes < 0 else options.holes)
+    return fill_holes(tidy, tidy.size if options.holes < 0 else options.holes)
 
 
 def _ellipse(side: int) -> np.ndarray:
     return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side))
-
-
-def _fill(mask: np.ndarray, limit: int) -> np.ndarray:
-    """Fill holes of at most so many pixels that do not reach the frame; (H, W) uint8 0 or 1."""
-    if not limit:
-        return mask
-    height, width = mask.shape
-    _, areas, stats, _ = cv2.connectedComponentsWithStats(1 - mask, connectivity=4)
-    left, top, wide, high, area = stats.T
-    holes = (left > 0) & (top > 0) & (left + wide < width) & (top + high < height) & (area <= limit)
-    holes[0] = False
-    return mask | basins.look_up(holes.view(np.uint8), areas)
 
 
 def _select_markers(mask: np.ndarray, which: str) -> np.ndarray:
@@ -406,5 +209,21 @@ def _judge(found: Instances, values: np.ndarray, mask: np.ndarray, options: Wate
         peak = _quantiles(found.labels[inside], values[inside], count, 0.95)
         contrast = np.where(hidden, (peak - foot) / np.maximum(peak, FAINT), contrast)
     kept = (contrast >= options.contrast)[1:]
-    scores = contrast[1:].astype(np.float32)
+    scores = (contrast[1:] * _ellipse_fits(found.labels, count - 1) ** SHAPE).astype(np.float32)
     return select_instances(Instances(found.labels, scores, found.engines), kept)
+
+
+def _ellipse_fits(labels: np.ndarray, count: int) -> np.ndarray:
+    """Area of each object by that of the ellipse with its second moments, (count,) in [0, 1]: 1 for ellipses."""
+    runs = find_runs(labels)
+    inside = runs.values > 0
+    ids, lengths, rows = runs.values[inside] - 1, runs.lengths[inside], runs.rows[inside]
+    middles = runs.columns[inside] + (lengths - 1) / 2
+    area = np.bincount(ids, lengths, count)
+    across = middles - (np.bincount(ids, lengths * middles, count) / area)[ids]
+    down = rows - (np.bincount(ids, lengths * rows, count) / area)[ids]
+    # a pixel is a square of variance 1/12, a run of n pixels a line of variance n^2/12
+    xx = np.bincount(ids, lengths * (across**2 + lengths**2 / 12), count) / area
+    yy = np.bincount(ids, lengths * (down**2 + 1 / 12), count) / area
+    xy = np.bincount(ids, lengths * across * down, count) / area
+    return np.clip(area / (4 * np.pi * np.sqrt(xx * yy - xy**2)), 0, 1)

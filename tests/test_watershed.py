@@ -183,6 +183,15 @@ def test_scores_rise_with_contrast_and_stay_in_range():
     assert set(found.engines) == {"watershed"}
 
 
+def test_scores_fall_with_a_shape_that_is_no_ellipse():
+    image, _ = draw(GRID[:2], noise=1.0)
+    image[100:106, 40:120] = image[70:140, 110:118] = 160  # an angle
+    found = segment(as_uint8(image), WatershedOptions(preset="fluorescence", neck=0.0))
+    disc, angle = (found.scores[found.labels[place] - 1] for place in (GRID[0], (103, 60)))
+    assert disc > 0.8
+    assert angle < 0.5
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Options
 
