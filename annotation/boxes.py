@@ -10,8 +10,8 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-MATCHES = ("iou", "ios")
-MERGES = ("nms", "greedy_nmm", "nmm")
+from annotation.detector_options import MATCHES, MERGES
+
 PAIRS_AT_ONCE = 1 << 20  # compared at a time: what bounds the memory
 FEW_PAIRS = 1 << 22  # that match and are listed; where more do, the best boxes are taken block by block
 BLOCK = 256

@@ -4,17 +4,15 @@ ONNX files run in ONNX Runtime and need no other package; what they hold is told
 ultralytics, which the user installs: its licence is AGPL-3.0, and loading such a file runs code that it holds.
 """
 
-import argparse
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-import cli
-from annotation import decoding
+from annotation import decoding, detector_options
 from annotation.boxes import Boxes, Mask, clip_boxes, no_boxes
 from annotation.decoding import KNOWN, DetectorError, Found, Layout, Letterbox
 from annotation.instances import Instances, paste_masks
@@ -25,13 +23,9 @@ GPU_BATCH = 8
 BAND_PIXELS = 1 << 20  # of deep images, stretched at a time
 DISPLAY_SIDE = 1000  # rows and columns that the stretch of deep images looks at, at most twice as many
 
-CONFIDENCE = 0.25
-IOU = 0.5
-
-SPACE: dict[str, list[Any] | tuple[float, float, str]] = {
-    "detector_confidence": (0.05, 0.6, "log"),
-    "detector_iou": [0.3, 0.5, 0.7],
-}
+SPACE = detector_options.DETECTOR_SPACE
+DetectorOptions = detector_options.DetectorOptions
+add_detector_args, options_from = detector_options.add_detector_args, detector_options.detector_options_from
 
 
 class Detector(Protocol):
@@ -64,65 +58,8 @@ class Detector(Protocol):
             For each picture its boxes, inside it and best first.
         """
 
-    def changed(self, options: "DetectorOptions") -> "Detector":
+    def changed(self, options: DetectorOptions) -> "Detector":
         """The same network, which is not loaded again, with other limits: confidence and iou."""
-
-
-@dataclass(frozen=True)
-class DetectorOptions:
-    """Which detector, and which of its boxes count.
-
-    Attributes:
-        weights: .onnx or .pt file, None: no detector.
-        confidence: lowest score of a box.
-        iou: boxes of one class that overlap by more are one object.
-        classes: names or numbers of the classes that count; none: all.
-        size: longest side of the input, for networks that take any; None: what the file says, or 640.
-    """
-
-    weights: Path | None = None
-    confidence: float = CONFIDENCE
-    iou: float = IOU
-    classes: tuple[str, ...] = ()
-    size: int | None = None
-
-
-def add_detector_args(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that become DetectorOptions."""
-    group = parser.add_argument_group("detector")
-    group.add_argument(
-        "--detector", type=Path, metavar="FILE", help="YOLO weights: .onnx (v5, v8, v11, YOLOX), or .pt of ultralytics"
-    )
-    group.add_argument(
-        "--detector-confidence", type=cli.share, default=CONFIDENCE, metavar="P", help="lowest score of a box"
-    )
-    group.add_argument(
-        "--detector-iou",
-        type=cli.share,
-        default=IOU,
-        metavar="X",
-        help="boxes of one class that overlap by more are one object",
-    )
-    group.add_argument(
-        "--detector-classes", nargs="+", default=[], metavar="NAME", help="only these classes, by name or number"
-    )
-    group.add_argument(
-        "--detector-size",
-        type=cli.positive_int,
-        metavar="N",
-        help="longest side of the network's input, where it takes any; default: what the file says, or 640",
-    )
-
-
-def options_from(args: argparse.Namespace) -> DetectorOptions:
-    """The options that the flags of add_detector_args describe."""
-    return DetectorOptions(
-        args.detector,
-        args.detector_confidence,
-        args.detector_iou,
-        tuple(args.detector_classes),
-        args.detector_size,
-    )
 
 
 def load_detector(options: DetectorOptions, device: str = "cpu") -> Detector:

@@ -1,6 +1,7 @@
 """Detectors from ONNX files: what is told apart and refused, decoding against loops, colours, sizes, bad files."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -598,3 +599,12 @@ def test_real_detectors_find_the_cars(name):
             found_in_all += 1
             hits += bool(cars[y1:y2, x1:x2].mean() > 0.4)
     assert found_in_all >= 6 and hits >= 0.7 * found_in_all
+
+
+def test_the_flags_load_nothing_heavy():
+    code = (
+        "import sys, annotation.detector_options; print(sorted({'cv2', 'numpy', 'scipy', 'torch'} & set(sys.modules)))"
+    )
+    root = Path(detectors.__file__).parent.parent
+    found = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

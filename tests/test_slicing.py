@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cli
-from annotation import slicing
+from annotation import detector_options, slicing
 from annotation.boxes import Boxes, match_boxes
 from annotation.slicing import SliceOptions, detect_sliced, find_cut, plan_axis, plan_slices, slice_sides
 
@@ -322,4 +322,4 @@ def test_flags_become_options():
     assert slicing.options_from(parser.parse_args(words.split())) == expected
     assert set(slicing.SPACE) <= {action.dest for action in parser._actions}
     with pytest.raises(argparse.ArgumentTypeError, match=r"0\.95 is out of range.*0 to 0\.9"):
-        slicing._overlap("0.95")
+        detector_options._overlap("0.95")
