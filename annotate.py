@@ -16,15 +16,13 @@ import json
 import multiprocessing
 import os
 import shlex
-import signal
 import sys
-import threading
+import tempfile
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,11 +36,6 @@ if TYPE_CHECKING:
 
 INTERRUPTED = "the same command goes on where it stopped"
 PREVIEWS = 8  # pictures in TensorBoard
-DEATHS = 3  # of processes in a row
-KILLED = (
-    "the process that annotated it was killed from outside or crashed, mostly for want of memory; expected it to end "
-    "by itself: look at pictures in smaller windows with --max-megapixels, or use a computer with more memory"
-)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -143,10 +136,12 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> list[str]:
     """Annotate all pictures; return what went wrong."""
     cli.share_cores()
 
-    from annotation import scoring
+    from annotation import scoring, tuning
     from annotation.engines import options_from
+    from annotation.files import remove_leftovers
 
     score_options = scoring.options_from(args)
+    tuning.options_from(args)
     if score_options.folder:
         scoring.References(score_options)  # says now, and not in the end, that there are none
     device = pick_device(args)
@@ -154,6 +149,7 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> list[str]:
     pictures, videos = find_pictures(args.images)
     files = file_options(args, pictures, videos)
     check_folder(files.folder, pictures)
+    remove_leftovers(files)
     frames, failures = take_frames(videos, files.folder, args)
     stems, doubled = name_pictures([*pictures, *frames])
     failures += doubled
@@ -234,9 +230,7 @@ def check_folder(folder: Path, pictures: Sequence[Path]) -> None:
             raise cli.UsageError(f"-o {folder}: pictures are read from {place}; expected another folder for the labels")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe.{time.time_ns()}"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise OSError(
             error.errno, f"{error.strerror}; expected a folder that can be written to: name one with -o", str(folder)
@@ -339,7 +333,7 @@ def changed_flags(args: argparse.Namespace) -> dict[str, Any]:
 # Each picture
 
 
-_LOADED: tuple[Task, "Engines"] | Exception | None = None  # of a process, or why it could not load them
+_LOADED: tuple[Task, "Engines"] | None = None  # of a process
 
 
 def load_engines(task: Task) -> None:
@@ -351,33 +345,11 @@ def load_engines(task: Task) -> None:
     _LOADED = task, Engines(task.engines, megapixels=task.megapixels or None)
 
 
-def start_process(task: Task) -> None:
-    """Make a process ready; it ends with this one, and at once after Ctrl-C."""
-    global _LOADED
-    threading.Thread(target=follow_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        load_engines(task)
-    except Exception as error:  # raised when the first picture comes: from here it would only say that the pool broke
-        kind = cli.UsageError if isinstance(error, cli.UsageError) else RuntimeError
-        _LOADED = kind(cli.plain_message(error) or type(error).__name__)
-
-
-def follow_parent() -> None:
-    """End this process when the one that started it was killed: it would wait for pictures forever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
 def annotate_one(path: Path) -> dict[str, Any] | str:
     """Annotate one picture; return its record, or what went wrong."""
     from image_io import file_stem
 
     assert _LOADED is not None
-    if isinstance(_LOADED, Exception):
-        raise _LOADED
     task, engines = _LOADED
     try:
         return {**annotate_picture(task, engines, path, file_stem(path)), "notes": engines.all_notes()}
@@ -423,13 +395,34 @@ def annotate_picture(task: Task, engines: "Engines", path: Path, stem: str) -> d
 
 
 def annotate_large(task: Task, engines: "Engines", path: Path, stem: str, digest: str) -> dict[str, Any]:
-    """Annotate a picture window by window."""
-    raise NotImplementedError
+    """Annotate a picture window by window.
+
+    Raises:
+        ImageError: parts of it could not be decoded; its files are there, without objects in those parts.
+    """
+    from tqdm import tqdm
+
+    from annotation import large
+    from image_headers import ImageError
+
+    hidden = True if multiprocessing.parent_process() else None  # bars of several processes would run into each other
+    with tqdm(desc=path.name, unit="window", leave=False, disable=hidden, position=1) as bar:
+
+        def show(windows: int, total: int) -> None:
+            bar.total = total
+            bar.update(windows - bar.n)
+
+        record = large.annotate_large(task.files, path, engines, task.settings, digest, progress=show)
+    if record["damage"]:
+        raise ImageError("; ".join(record["damage"]))
+    return record
 
 
 def annotate_all(task: Task, stems: Mapping[str, Path], workers: int) -> tuple[list[dict[str, Any]], list[str]]:
     """Annotate all pictures; return the records of those that have labels, and what went wrong with the others."""
     from tqdm import tqdm
+
+    from annotation.processes import run_processes
 
     done = {path: found for path in stems.values() if (found := find_done(task, path))}
     if done:
@@ -437,7 +430,7 @@ def annotate_all(task: Task, stems: Mapping[str, Path], workers: int) -> tuple[l
     rest = [path for path in stems.values() if path not in done]
     failures, notes, begin, pixels = list[str](), set[str](), time.perf_counter(), 0
     with (
-        closing(run_processes(task, rest, workers)) as results,
+        closing(run_processes(partial(load_engines, task), annotate_one, rest, workers)) as results,
         tqdm(total=len(stems), initial=len(done), desc="annotate", unit="picture", leave=False, disable=None) as bar,
     ):
         for path, record in results:
@@ -457,50 +450,6 @@ def annotate_all(task: Task, stems: Mapping[str, Path], workers: int) -> tuple[l
     if made:
         print(f"{made} annotated: {pixels / 1e6:.1f} MP in {seconds:.1f} s, {pixels / 1e6 / seconds:.2f} MP/s")
     return [done[path] for path in stems.values() if path in done], failures
-
-
-def run_processes(
-    task: Task, paths: Sequence[Path], workers: int
-) -> Generator[tuple[Path, dict[str, Any] | str], None, None]:
-    """Each picture with its record or message, in order; one worker works in this process.
-
-    When a process is killed, which is mostly for want of memory, the rest is done by one process at a time, so that
-    the picture that kills it is known.
-
-    Raises:
-        RuntimeError: the engines cannot be loaded.
-    """
-    workers, waiting, killed = min(workers, len(paths)), list(paths), 0
-    if waiting and workers < 2:
-        load_engines(task)
-        yield from ((path, annotate_one(path)) for path in waiting)
-        return
-    while waiting:
-        try:
-            for record in run_pool(task, waiting, workers):
-                yield waiting.pop(0), record
-                killed = 0
-        except BrokenProcessPool:
-            if workers > 1:
-                sys.stderr.write("a process was killed; the rest is done by one at a time\n")
-                workers = 1
-                continue
-            killed += 1
-            path = waiting.pop(0)
-            yield path, f"{path}: {KILLED}"
-            if killed == DEATHS:
-                break
-    yield from ((path, f"{path}: not done, for {DEATHS} processes in a row were killed") for path in waiting)
-
-
-def run_pool(task: Task, paths: Sequence[Path], workers: int) -> Iterator[dict[str, Any] | str]:
-    """What annotate_one says about each picture, in order, from processes."""
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=start_process, initargs=(task,))
-    try:
-        yield from pool.map(annotate_one, paths)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
