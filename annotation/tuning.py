@@ -27,6 +27,11 @@ from tables import format_csv
 Settings = dict[str, Any]  # name of a flag to its value; what is absent is as by default
 Range = tuple[float, float, str]  # lowest, highest, "log" or "linear"; of whole numbers when both ends are
 Space = Mapping[str, Sequence[Any] | Range]
+WATERSHED_SPACE: Space = {  # wider than annotation.presets.SPACE, to be put over it
+    "ws_blur": (0.25, 2.5, "log"),
+    "ws_opening": [0, 3, 5],
+    "ws_neck": (0.6, 0.97, "linear"),
+}
 # Image (H, W, C), settings, and a dictionary that lives as long as the image: an engine keeps there what does not
 # change between settings, such as encodings, boxes or filtered pictures.
 Segment = Callable[[np.ndarray, Settings, dict[Any, Any]], Instances]
@@ -336,7 +341,8 @@ def simplify(
 ) -> tuple[Trial, list[Trial]]:
     """Bring parameters of the best setting back to their default, one after the other, where that costs little.
 
-    What a parameter gains on few pictures it may lose on others: one that gains less than WORTH stays as by default.
+    What a parameter gains on few pictures it may lose on others: one that gains less than WORTH stays as by default,
+    and all together must gain that much for each of them.
 
     Args:
         trials: all so far, the default first.
@@ -357,7 +363,8 @@ def simplify(
             trial = default
         if not trial.failure and trial.final > chosen.final - WORTH and trial.scores[1] >= default.scores[1]:
             chosen = trial
-    return chosen, tried
+    enough = chosen.final >= default.final + WORTH * len(chosen.settings)
+    return chosen if enough else default, tried
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 import cli
 from annotation.instances import number_instances
-from annotation.presets import SPACE as WATERSHED_SPACE
+from annotation.presets import SPACE as PRESET_SPACE
 from annotation.presets import add_watershed_args
 from annotation.presets import options_from as watershed_options
 from annotation.scoring import References, ScoreOptions, add_score_args, connected_objects, score_labels
 from annotation.tuning import (
+    WATERSHED_SPACE,
     WORTH,
     Trial,
     TuneOptions,
@@ -157,6 +158,17 @@ def test_one_parameter_that_gains_little_gives_way_to_the_default():
     tuning = tune(find, {"idle": [1]}, [scene(0)], TuneOptions(trials=2, min_area=10))
     default, other = tuning.trials
     assert tuning.best is (default if other.final < default.final + WORTH else other)
+
+
+def test_settings_must_gain_for_each_of_their_parameters():
+    def find(image, settings, cache):
+        both = len(settings) == 2
+        return number_instances((image[..., 0] > (50 if both else 62)).astype(np.uint8), 0.5, "test", pieces="all")
+
+    samples = [scene(0)]
+    tuning = tune(find, {"a": [1], "b": [1]}, samples, TuneOptions(trials=4, keep=0.0, min_area=10))
+    gain = max(trial.final for trial in tuning.trials if trial.rungs == 3) - tuning.default.final
+    assert len(tuning.best.settings) == (2 if gain >= 2 * WORTH else 0)
 
 
 def test_children_mix_the_best():
@@ -360,8 +372,10 @@ def test_two_bubble_pictures_tune_the_watershed_for_the_others():
     def find(image, settings, cache):
         return segment(image, watershed_options(with_settings(args, settings)))
 
-    tuning = tune(find, WATERSHED_SPACE, [samples[0], samples[3]], TuneOptions(trials=24, min_area=30))
-    assert tuning.best.scores[1] > tuning.default.scores[1]
+    tuning = tune(
+        find, {**PRESET_SPACE, **WATERSHED_SPACE}, [samples[0], samples[3]], TuneOptions(trials=24, min_area=30)
+    )
+    assert tuning.best.scores[1] >= tuning.default.scores[1]
     scores = [
         score_labels(find(samples[k].image, tuning.best.settings, {}).labels, samples[k].labels, 30).f1()
         for k in (1, 2, 4, 5)
