@@ -420,7 +420,9 @@ def _draw(work: _Work, survey: _Survey) -> None:
         drawn = cv2.cvtColor(overlay(image, survey.shown), cv2.COLOR_RGB2BGR)
         write_quickly(options.place("overlays", work.stem), encode(drawn))
     if options.panels:
-        page = panel(image, {EDITED if work.edited else "objects": survey.shown})
+        names = [EDITED] if work.engine is None else work.engine.engines.options.names
+        caption = {1: names[0], 2: "both"}.get(len(names), "all")
+        page = panel(image, {caption: survey.shown})
         write_quickly(options.place("panels", work.stem), encode(cv2.cvtColor(page, cv2.COLOR_RGB2BGR)))
 
 
