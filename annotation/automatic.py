@@ -186,7 +186,9 @@ def _stretch(values: np.ndarray, options: WatershedOptions) -> np.ndarray:
     span = options.white - options.black
     if not abs(span) > 0:
         return np.zeros_like(values)
-    return np.maximum((values - np.float32(options.black)) * np.float32(1 / span), 0)
+    stretched = values - np.float32(options.black)
+    stretched *= np.float32(1 / span)
+    return np.maximum(stretched, 0, out=stretched)
 
 
 def _choose_level(values: np.ndarray, options: WatershedOptions) -> WatershedOptions:

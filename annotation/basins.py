@@ -11,6 +11,7 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
+STRIP = 1 << 20  # pixels of a strip of rows: large arrays cost more to get than to fill
 CHUNK = 1 << 15  # pixels at a time: what is computed of them stays in the processor's cache
 NEIGHBOURS = ((-1, 0), (0, -1), (0, 1), (1, 0), (-1, -1), (-1, 1), (1, -1), (1, 1))
 
@@ -86,6 +87,25 @@ def find_passes(basins: np.ndarray, heights: np.ndarray) -> tuple[np.ndarray, np
         Numbers of the two basins and the height of the pass, (m,) each, highest first. A step from one pixel to the
         next is as high as the lower of the two.
     """
+    strip = max(1, STRIP // basins.shape[1])
+    found = [
+        _find_steps(basins[top : top + strip + 1], heights[top : top + strip + 1])
+        for top in range(0, len(basins), strip)
+    ]
+    firsts, seconds, passes = zip(*found, strict=True)
+    first, second = np.concatenate(firsts).astype(np.int64), np.concatenate(seconds).astype(np.int64)
+    over = np.concatenate(passes)
+    order = np.lexsort((-over, second, first))
+    first, second, over = first[order], second[order], over[order]
+    best = np.ones(len(first), bool)
+    best[1:] = (first[1:] != first[:-1]) | (second[1:] != second[:-1])
+    first, second, over = first[best], second[best], over[best]
+    order = np.argsort(-over, kind="stable")
+    return first[order], second[order], over[order]
+
+
+def _find_steps(basins: np.ndarray, heights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Each step between two basins: the lower and the higher number, and the lower height."""
     height, width = basins.shape
     numbers = np.zeros((height + 1, width + 2), np.float32)  # exact up to 2^24 basins
     numbers[:-1, 1:-1] = basins
@@ -105,15 +125,7 @@ def find_passes(basins: np.ndarray, heights: np.ndarray) -> tuple[np.ndarray, np
         firsts.append(np.minimum(own[meets], other[meets]))
         seconds.append(np.maximum(own[meets], other[meets]))
         passes.append(np.minimum(rise[meets], high.take(beside[meets])))
-    first, second = np.concatenate(firsts).astype(np.int64), np.concatenate(seconds).astype(np.int64)
-    over = np.concatenate(passes)
-    order = np.lexsort((-over, second, first))
-    first, second, over = first[order], second[order], over[order]
-    best = np.ones(len(first), bool)
-    best[1:] = (first[1:] != first[:-1]) | (second[1:] != second[:-1])
-    first, second, over = first[best], second[best], over[best]
-    order = np.argsort(-over, kind="stable")
-    return first[order], second[order], over[order]
+    return np.concatenate(firsts), np.concatenate(seconds), np.concatenate(passes)
 
 
 def _sees_less(numbers: np.ndarray) -> np.ndarray:

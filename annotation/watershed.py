@@ -86,7 +86,8 @@ def _find_objects(values: np.ndarray, options: WatershedOptions) -> Instances:
     mask = _cut(values, options)
     labels = _part(mask, values, options)
     if options.core:
-        heights = values - _background(values, mask, options.size)
+        heights = _background(values, mask, options.size)
+        np.subtract(values, heights, out=heights)
         limit = None
         for _ in range(options.passes):
             inside = labels > 0
@@ -163,13 +164,17 @@ def _part(mask: np.ndarray, values: np.ndarray, options: WatershedOptions) -> np
 def _background(values: np.ndarray, mask: np.ndarray, size: float) -> np.ndarray:
     """The mean of what is no object in a window of four sizes, drawn to that of the picture where there is little."""
     outside = (1 - mask).astype(np.float32)
-    if not outside.any():
+    count = float(outside.sum(dtype=np.float64))
+    if not count:
         return np.full(values.shape, values.min(), np.float32)
     side = int(4 * size) | 1
-    total = cv2.blur(values * outside, (side, side), borderType=cv2.BORDER_REFLECT)
-    share = cv2.blur(outside, (side, side), borderType=cv2.BORDER_REFLECT)
-    overall = float((values * outside).sum() / outside.sum())
-    return (total + np.float32(0.02 * overall)) / (share + np.float32(0.02))
+    ground = cv2.blur(outside, (side, side), borderType=cv2.BORDER_REFLECT)
+    ground += np.float32(0.02)
+    outside *= values
+    overall = float(outside.sum(dtype=np.float64)) / count
+    total = cv2.blur(outside, (side, side), borderType=cv2.BORDER_REFLECT, dst=outside)
+    total += np.float32(0.02 * overall)
+    return np.divide(total, ground, out=total)
 
 
 def _quantiles(owners: np.ndarray, values: np.ndarray, count: int, rank: float) -> np.ndarray:

@@ -54,7 +54,9 @@ def test_the_cutting_into_chunks_changes_nothing(monkeypatch):
         assert np.array_equal(one, other)
 
 
-def test_passes_are_the_highest_steps_between_basins():
+@pytest.mark.parametrize("strip", [basins.STRIP, 70, 500])
+def test_passes_are_the_highest_steps_between_basins(monkeypatch, strip):
+    monkeypatch.setattr(basins, "STRIP", strip)
     heights = hills(3)
     labels, _ = basins.climb(heights, heights > 45)
     expected = {}
