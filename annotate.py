@@ -168,7 +168,12 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> list[str]:
     failures += finish_videos(videos, files, records, args)
     if score_options.folder:
         failures += print_scores(files, score_options, [record["stem"] for record in records])
-    log_previews(args, files, records)
+    try:
+        log_previews(args, files, records)
+    except OSError as error:
+        failures.append(
+            f"{args.log_dir}: TensorBoard's files cannot be written there ({error}); give another --log-dir"
+        )
     return list(dict.fromkeys(failures))
 
 
@@ -487,7 +492,10 @@ def print_scores(files: "FileOptions", options: Any, stems: Sequence[str]) -> li
     from annotation.scoring import score_files, write_scores
 
     found = {stem: paths[0] for stem in stems if (paths := list_label_files(files.folder, "labels", stem))}
-    board, failures = score_files(found, options)
+    try:
+        board, failures = score_files(found, options)
+    except ValueError as error:
+        return [str(error)]
     for line in (*board.lines(), *board.notes):
         print(line)
     print(f"scores in {write_scores(files.folder, board, files.decimal)}")
