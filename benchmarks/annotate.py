@@ -15,6 +15,7 @@ fills the square: the engine alone, beside floors, and annotate.py with all that
 import argparse
 import itertools
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -230,16 +231,31 @@ def make_finders() -> dict[str, Callable[[Picture], np.ndarray]]:
     return {**found, PLAIN: lambda picture: plain_labels(picture.image, picture.group)}
 
 
-def in_turns(runs: Mapping[str, Callable[[], Any]], repeats: int) -> tuple[dict[str, float], dict[str, Any]]:
-    """Median seconds and the result of each, run in turns so that the machine's drift meets all of them."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
+@dataclass(frozen=True)
+class Taken:
+    """Median seconds of a run: on the clock, and of processors, its own and those of processes that it starts."""
+
+    wall: float
+    cpu: float
+
+
+def in_turns(runs: Mapping[str, Callable[[], Any]], repeats: int) -> tuple[dict[str, Taken], dict[str, Any]]:
+    """Seconds and the result of each, run in turns so that the machine's drift meets all of them."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     results = {}
     for _ in range(repeats):
         for name, run in runs.items():
-            begin = time.perf_counter()
+            begin = time.perf_counter(), processor_seconds()
             results[name] = run()
-            times[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(seconds) for name, seconds in times.items()}, results
+            times[name].append((time.perf_counter() - begin[0], processor_seconds() - begin[1]))
+    taken = {name: Taken(*(statistics.median(one) for one in zip(*each, strict=True))) for name, each in times.items()}
+    return taken, results
+
+
+def processor_seconds() -> float:
+    """Spent by this process, and by those it started that have ended."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -249,7 +265,7 @@ def in_turns(runs: Mapping[str, Callable[[], Any]], repeats: int) -> tuple[dict[
 def quality(args: argparse.Namespace) -> None:
     """F1 and seconds a megapixel of each way on each set, in one process."""
     pictures, finders = read_sets(args), make_finders()
-    seconds: list[dict[str, float]] = []
+    seconds: list[dict[str, Taken]] = []
     scores: list[dict[str, scoring.LabelScores]] = []
     for picture in pictures:
         taken, labels = in_turns({name: partial(find, picture) for name, find in finders.items()}, args.repeats)
@@ -261,15 +277,16 @@ def quality(args: argparse.Namespace) -> None:
         f"images;\nnuclei are stained where the median of a picture is above {BRIGHT:g} of its range, otherwise "
         f"fluorescence;\nof bubbles objects under {MIN_AREA['bubbles']} pixels are left out on both sides"
     )
-    columns = ("F1", "mean", "precision", "recall", "Dice", "s/MP")
+    columns = ("F1", "mean", "precision", "recall", "Dice", "s/MP", "cpu s/MP")
     print(f"{'':<21}{'images':>7}{'MP':>7}{'objects':>8}  {'':<18}{''.join(f'{name:>10}' for name in columns)}")
     for title, members in group_pictures(pictures).items():
         total = sum(pictures[i].megapixels for i in members)
         for name in finders:
             row = quality_row([scores[i][name] for i in members])
-            pace = sum(seconds[i][name] for i in members) / total
+            taken = [seconds[i][name] for i in members]
+            pace = sum(each.wall for each in taken) / total, sum(each.cpu for each in taken) / total
             head = f"{title:<21}{len(members):>7}{total:>7.1f}{row.pop('objects'):>8}"
-            print(f"{head}  {name:<18}{''.join(f'{value:>10.3f}' for value in (*row.values(), pace))}")
+            print(f"{head}  {name:<18}{''.join(f'{value:>10.3f}' for value in (*row.values(), *pace))}")
     print_worst(pictures, scores, args.worst)
 
 
@@ -407,14 +424,20 @@ def engine_table(group: str, images: Sequence[np.ndarray], args: argparse.Namesp
         run()  # what is loaded or allocated once is not counted
     seconds, _ = in_turns(runs, args.repeats)
     area = {name: int(name.split()[1]) if name.startswith("engine") else args.side for name in runs}
-    pace = {name: taken / (len(images) * area[name] ** 2 / 1e6) for name, taken in seconds.items()}
-    ours = pace[f"engine {args.side}"]
+    total = {name: len(images) * area[name] ** 2 / 1e6 for name in runs}
+    ours = seconds[f"engine {args.side}"]
     print(f"{group}: engine alone on mosaics, {len(images)} of each size, one process, medians of {args.repeats}")
-    print(f"    {'':<26}{'s/MP':>9}{'engine at ' + str(args.side) + ' / it':>22}")
-    for name, value in pace.items():
-        print(f"    {name:<26}{value:>9.4f}{ours / value:>22.2f}")
-    first, last = pace[f"engine {sides[0]}"], pace[f"engine {sides[-1]}"]
-    print(f"    s/MP at {sides[-1]} / at {sides[0]}: {last / first:.2f}")
+    print(f"    {'':<26}{'s/MP':>9}{'cpu s/MP':>10}{'engine at ' + str(args.side) + ' / it':>22}{'of cpu':>8}")
+    for name, taken in seconds.items():
+        share = total[name] / total[f"engine {args.side}"]
+        ratios = f"{ours.wall / taken.wall * share:>22.2f}{ours.cpu / taken.cpu * share:>8.2f}"
+        print(f"    {name:<26}{taken.wall / total[name]:>9.4f}{taken.cpu / total[name]:>10.4f}{ratios}")
+    first, last = (f"engine {side}" for side in (sides[0], sides[-1]))
+    growth = [
+        getattr(seconds[last], what) / getattr(seconds[first], what) * total[first] / total[last]
+        for what in ("wall", "cpu")
+    ]
+    print(f"    s/MP at {sides[-1]} / at {sides[0]}: {growth[0]:.2f}, of cpu {growth[1]:.2f}")
 
 
 def find_all(engine: engines.Engines, images: Sequence[np.ndarray]) -> None:
@@ -456,13 +479,14 @@ def command_table(sources: Mapping[str, Sequence[np.ndarray]], args: argparse.Na
                 runs[" ".join((place, *words))] = partial(run_command, folder / place, words)
     seconds, _ = in_turns(runs, args.repeats)
     print(f"annotate.py, files of {args.side}x{args.side}, {args.count} of each set, medians of {args.repeats}")
-    print(f"    {'':<28}{'MP':>7}{'seconds':>9}{'of start':>9}{'s/MP':>8}{'s/MP after start':>18}")
+    print(f"    {'':<28}{'MP':>7}{'seconds':>9}{'of start':>9}{'s/MP':>8}{'after start':>13}{'cpu s/MP':>10}")
     for name, taken in seconds.items():
         place, *words = name.split()
         if place in sources:
             start = seconds[" ".join((f"{place}_start", *words))]
             total = len(sources[place]) * args.side**2 / 1e6
-            numbers = f"{total:>7.1f}{taken:>9.2f}{start:>9.2f}{taken / total:>8.3f}{(taken - start) / total:>18.3f}"
+            wall = f"{taken.wall:>9.2f}{start.wall:>9.2f}{taken.wall / total:>8.3f}"
+            numbers = f"{total:>7.1f}{wall}{(taken.wall - start.wall) / total:>13.3f}{taken.cpu / total:>10.3f}"
             print(f"    {name:<28}{numbers}")
 
 

@@ -52,7 +52,7 @@ def rows_of(text):
     for line in text.splitlines():
         for way in (*bench.WAYS, bench.PLAIN):
             head, middle, tail = line.partition(f"  {way} ")
-            if middle and head[:1] != " " and len(tail.split()) == 6:
+            if middle and head[:1] != " " and len(tail.split()) == 7:
                 found[head[:21].strip(), way] = int(head[21:28]), float(tail.split()[0])
     return found
 
