@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,34 +120,52 @@ def annotate_large(
     with ExitStack() as stack:
         slide = stack.enter_context(open_slide(path, max_decoded_gb=max_decoded_gb))
         work = _Work(options, path, stem, (image_digest, settings), previous, states, slide, slide.grid())
-        windows: Any = work.grid
-        digest = f"{image_digest} {settings}"
         if any(state.edited for state in states.values()):
-            windows = work.edited = _EditedLabels(work, max_decoded_gb)
-            stack.callback(windows.close)
-            digest = " ".join(str(state.digest) for state in states.values())
-            tiles = tiles or TileOptions(margin=MARGINS[0])
-            engine: Callable[[np.ndarray], Instances] = windows.find
+            work.edited = _EditedLabels(work, max_decoded_gb)
+            stack.callback(work.edited.close)
         else:
-            fixed = engines.fixed(sample_picture(work.grid))
-            tiles = tiles or TileOptions(margin=_choose_margin(fixed))
-            engine = work.engine = _Looker(fixed)
-        files = TiledFiles(work.folder / f"labels{SUFFIX}", work.folder / f"gt{SUFFIX}", work.folder, options.gap)
-        annotate_tiled(
-            windows,
-            engine,
-            tiles,
-            files,
-            digest=digest,
-            take_rows=None if work.edited else work.take_rows,
-            progress=progress,
-            complete=lambda result, bands: _complete(work, result, bands),
-        )
-    for unused in (files.labels, files.mask):
+            work.engine = _Looker(_fix(engines, work.grid))
+        _run(work, tiles, progress)
+    return work.record
+
+
+def _run(work: _Work, tiles: TileOptions | None, progress: Progress | None) -> None:
+    """Look at all windows, or at those of the edited file, and write everything."""
+    windows: Any
+    engine: Any
+    if work.edited is not None:
+        windows, engine, margin = work.edited, work.edited.find, MARGINS[0]
+        digest = " ".join(str(state.digest) for state in work.states.values())
+    else:
+        assert work.engine is not None
+        windows, engine, margin = work.grid, work.engine, _choose_margin(work.engine.engines)
+        digest = " ".join(work.digests)
+    labels, gt = (work.folder / f"{kind}{SUFFIX}" for kind in ("labels", "gt"))
+    annotate_tiled(
+        windows,
+        engine,
+        tiles or TileOptions(margin=margin),
+        TiledFiles(labels, gt, work.folder, work.options.gap),
+        digest=digest,
+        take_rows=None if work.edited else work.take_rows,
+        progress=progress,
+        complete=lambda result, bands: _complete(work, result, bands),
+    )
+    for unused in (labels, gt):
         unused.unlink(missing_ok=True)
     with suppress(OSError):
         work.folder.rmdir()
-    return work.record
+
+
+def _fix(engines: Engines, grid: Grid) -> Engines:
+    """Choose what is automatic from a sample; what is no limit there is none in the picture either."""
+    sample = sample_picture(grid)
+    fixed = engines.fixed(sample)
+    most = sample.shape[0] * sample.shape[1]
+    if engines.options.watershed.max_area is not None or fixed.options.watershed.max_area != most:
+        return fixed
+    watershed = replace(fixed.options.watershed, max_area=grid.height * grid.width)
+    return fixed.changed(replace(fixed.options, watershed=watershed))
 
 
 def _choose_margin(engines: Engines) -> int:

@@ -21,14 +21,17 @@ from annotation.files import is_done, is_edited, write_image_files
 from annotation.instances import Instances, gap_mask, number_instances, object_rows
 from annotation.large import annotate_large
 from annotation.overlays import overlay
+from annotation.presets import WatershedOptions
 from annotation.records import FileOptions, digest_file, list_label_files, read_record
 from annotation.report import write_tables
 from annotation.tiled import TileOptions
 from annotation.tiled_rows import ObjectCounts
 from geojson import read_geojson
 from image_io import read_image, read_mask
+from object_metrics import object_scores
 from pairing import list_pairs
 from polygons import rasterise
+from slide_io import open_slide
 
 SIZE = (260, 330)
 TILES = TileOptions(64, 48)
@@ -199,6 +202,32 @@ def test_overlays_are_reduced_and_lose_no_object(tmp_path, picture, monkeypatch,
     assert np.mean((small > 0) != (labels > 0)) < 0.15  # the sampled pixels differ by a part of a step
     if step == 2:
         assert set(np.unique(labels)) == set(range(record["objects"] + 1))
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, 1800 * 2600), (500, 500)])
+def test_the_sample_does_not_limit_the_area_of_objects(tmp_path, given, expected):
+    path = tmp_path / "p.tif"
+    tifffile.imwrite(path, draw(4, (1800, 2600), 900)[..., 0])
+    engines = Engines(EngineOptions(watershed=WatershedOptions(preset="fluorescence", max_area=given)))
+    with open_slide(path) as slide:
+        fixed = large._fix(engines, slide.grid()).options.watershed
+    assert fixed.max_area == expected and None not in vars(fixed).values()
+
+
+def test_windows_of_the_watershed_agree_with_the_whole(tmp_path):
+    """With options chosen on the same sample, at windows with a margin of several objects."""
+    path = tmp_path / "p.tif"
+    image = cv2.GaussianBlur(draw(6, (700, 900), 300, (6, 14)), (0, 0), 1.5)[..., 0]
+    tifffile.imwrite(path, image)
+    engines, options = Engines(EngineOptions(watershed=WatershedOptions(preset="fluorescence"))), tmp_path / "out"
+    with open_slide(path) as slide:
+        whole = large._fix(engines, slide.grid()).find(image[..., None])[0]
+    files = FileOptions(options)
+    record = annotate_large(files, path, engines, "s", digest_file(path), tiles=TileOptions(256, 128))
+    labels = labels_of(files)
+    shared = object_scores(whole.labels, labels).matched[0]
+    assert abs(record["objects"] - len(whole)) <= 2 and shared >= len(whole) - 2 > 100
+    assert np.mean((labels > 0) != (whole.labels > 0)) < 0.005
 
 
 # ---- kills ----
