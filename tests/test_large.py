@@ -11,6 +11,7 @@ import pytest
 import tifffile
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
+from slides import write_slide
 
 import annotate
 from annotation import large
@@ -27,7 +28,7 @@ from annotation.report import write_tables
 from annotation.tiled import TileOptions
 from annotation.tiled_rows import ObjectCounts
 from geojson import read_geojson
-from image_io import read_image, read_mask
+from image_io import read_image, read_mask, write_image
 from object_metrics import object_scores
 from pairing import list_pairs
 from polygons import rasterise
@@ -128,12 +129,21 @@ def test_files_and_record_are_those_of_an_ordinary_picture(tmp_path, picture):
     assert not (parts.folder / ".annotate" / "p.work").exists()
 
 
-def test_the_output_is_a_data_set_of_slides(tmp_path, picture):
-    options = FileOptions(tmp_path / "out")
-    make(options, picture)
+@pytest.mark.parametrize("name", ["p.svs", "p.ome.tif", "p.png", "p.jpg"])
+def test_the_output_is_a_data_set_of_slides(tmp_path, name, monkeypatch):
+    """Masks pair with what they were made of; a pyramid gives the overlay from its smaller level."""
+    monkeypatch.setattr(large, "OVERLAY_SIDE", 170)
+    path, options = tmp_path / "pictures" / name, FileOptions(tmp_path / "out")
+    path.parent.mkdir()
+    if name.endswith(("svs", "tif")):
+        write_slide(path, draw())
+    else:
+        write_image(path, draw())
+    record = make(options, path)
     listing = list_pairs(options.folder)
-    assert [(pair.name, pair.image.name, str(pair.mask)[-8:]) for pair in listing.pairs] == [("p", "p.tif", "gt/p.tif")]
-    assert not listing.errors
+    assert [(pair.name, pair.image.name, str(pair.mask)[-8:]) for pair in listing.pairs] == [("p", name, "gt/p.tif")]
+    assert not listing.errors and record["objects"] > 20 and record["image"] == name
+    assert read_image(options.place("overlays", "p")).shape == (130, 165, 3)
     with tifffile.TiffFile(options.folder / "labels" / "p.tif") as tif:
         assert tif.pages[0].is_tiled and tif.pages[0].dtype == np.uint32
 
