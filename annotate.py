@@ -452,6 +452,7 @@ def annotate_all(task: Task, stems: Mapping[str, Path], workers: int) -> tuple[l
             pixels += record["size"][0] * record["size"][1]
             bar.set_postfix_str(f"{pixels / 1e6 / (time.perf_counter() - begin):.2f} MP/s")
     seconds, made = time.perf_counter() - begin, len(rest) - len(failures)
+    failures += [message for record in done.values() for message in record.get("damage", ())]
     if made:
         print(f"{made} annotated: {pixels / 1e6:.1f} MP in {seconds:.1f} s, {pixels / 1e6 / seconds:.2f} MP/s")
     return [done[path] for path in stems.values() if path in done], failures

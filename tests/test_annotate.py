@@ -15,8 +15,9 @@ import cv2
 import numpy as np
 import pytest
 import tifffile
+import torch
 from PIL import Image
-from sam_standins import BoxPainter
+from sam_standins import BoxPainter, build_tiny_segment_anything
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import write_checkpoint
 
@@ -271,6 +272,45 @@ def test_edited_files_survive_a_changed_picture_and_a_lost_record(tmp_path, pict
     go("--images", pictures, "-o", out, "--ws-min-area", 30)
     assert (out / "labels" / "p0.png").read_bytes() == edited
     assert (out / "gt" / "p1.png").read_bytes() == untouched
+
+
+def test_a_data_set_with_masks_of_a_person_gets_labels_for_the_rest(tmp_path):
+    whole = tmp_path / "set"
+    write_pictures(whole / "images", 3)
+    truth = draw(1)[1]
+    write_mask(whole / "gt" / "p1.png", np.where(truth > 3, 255, 0).astype(np.uint8))
+    before, mask = exact(whole / "images"), (whole / "gt" / "p1.png").read_bytes()
+    for more in ((), ("--gap", 2)):
+        go("--images", whole / "images", "-o", whole, *more)
+        assert exact(whole / "images") == before and (whole / "gt" / "p1.png").read_bytes() == mask
+        assert not any(path.is_symlink() for path in (whole / "images").iterdir())
+        assert len(np.unique(read_mask(whole / "labels" / "p1.png"))) == len(np.unique(truth)) - 3
+        assert read_mask(whole / "labels" / "p0.png").any() and report(whole)["edited"] == 1
+
+
+def test_what_was_corrected_elsewhere_comes_back_and_stays(tmp_path, pictures):
+    from dataset_utils import import_labels, make_yolo
+
+    out = tmp_path / "out"
+    go("--images", pictures, "-o", out)
+    import_labels.main([str(tmp_path / "pictures_truth"), "-o", str(out)])
+    labels = {path.name: path.read_bytes() for path in (out / "labels").iterdir()}
+    go("--images", pictures, "-o", out, "--ws-min-area", 250)
+    assert {path.name: path.read_bytes() for path in (out / "labels").iterdir()} == labels
+    for number in range(3):
+        assert np.array_equal(read_mask(out / "labels" / f"p{number}.png") > 0, draw(number)[1] > 0)
+    assert report(out)["edited"] == 3 and not any(row["engine"] == "watershed" for row in rows_of(out / "objects.csv"))
+    make_yolo.main(["-d", str(out), "-o", str(tmp_path / "yolo")])
+    lines = [line for path in (tmp_path / "yolo").rglob("p*.txt") for line in path.read_text().splitlines()]
+    assert len(lines) == report(out)["objects"]
+
+
+def test_damage_is_said_again(tmp_path, pictures, capsys):
+    go("--images", pictures, "-o", tmp_path / "out")
+    path = tmp_path / "out" / ".annotate" / "p1.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"damage": ["p1.png: tile 7 cannot be decoded"]}))
+    err = stopped(1, capsys, "--images", pictures, "-o", tmp_path / "out")
+    assert "tile 7 cannot be decoded" in err and report(tmp_path / "out")["images"] == 3
 
 
 # ---- killed ----
@@ -543,6 +583,7 @@ def test_folders_without_pictures_are_refused(tmp_path, capsys):
     assert "holds no image" in stopped(1, capsys, "--images", tmp_path / "empty")
     assert "does not exist" in stopped(1, capsys, "--images", tmp_path / "none")
     assert "names no image" in stopped(1, capsys, "--images", tmp_path / "none*.png")
+    assert "notes.txt" in stopped(1, capsys, "--images", save_text(tmp_path / "notes.txt", "no picture"))
 
 
 def test_an_error_that_nobody_foresaw_costs_its_picture_alone(tmp_path, pictures, capsys, monkeypatch):
@@ -749,6 +790,16 @@ def test_weights_that_are_something_else(tmp_path, pictures, capsys):
     err = stopped(1, capsys, *words, "-c", tmp_path / "none.pth")
     assert "none.pth" in err
     assert not (tmp_path / "out" / "labels").exists()
+
+
+def test_sam_of_another_type(tmp_path, pictures, capsys):
+    pytest.importorskip("segment_anything")
+    torch.save(build_tiny_segment_anything().state_dict(), tmp_path / "sam.pth")
+    words = ("--images", pictures, "-o", tmp_path / "out", "--cpu", "--sam", tmp_path / "sam.pth")
+    err = stopped(1, capsys, *words, "--sam-type", "vit_h")
+    assert "sam.pth holds" in err and "expected vit_h as --sam-type says" in err
+    go(*words, "--engines", "watershed+sam")  # random weights: whatever comes out, it is complete
+    assert report(tmp_path / "out")["images"] == 3
 
 
 def test_a_detector_without_boxes_and_one_with_boxes_outside(tmp_path, pictures, plugin, sam):
