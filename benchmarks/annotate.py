@@ -283,8 +283,8 @@ def quality(args: argparse.Namespace) -> None:
         total = sum(pictures[i].megapixels for i in members)
         for name in finders:
             row = quality_row([scores[i][name] for i in members])
-            taken = [seconds[i][name] for i in members]
-            pace = sum(each.wall for each in taken) / total, sum(each.cpu for each in taken) / total
+            times = [seconds[i][name] for i in members]
+            pace = sum(each.wall for each in times) / total, sum(each.cpu for each in times) / total
             head = f"{title:<21}{len(members):>7}{total:>7.1f}{row.pop('objects'):>8}"
             print(f"{head}  {name:<18}{''.join(f'{value:>10.3f}' for value in (*row.values(), *pace))}")
     print_worst(pictures, scores, args.worst)
@@ -452,12 +452,8 @@ def make_floors(mosaics: Sequence[np.ndarray]) -> dict[str, Callable[[], Any]]:
     masks = [areas(grey) for grey in greys]
     light = [grey.astype(np.float32) for grey in greys]
     distances = [cv2.distanceTransform(mask, cv2.DIST_L2, 5) for mask in masks]
-    seeds = []
-    for mask, distance in zip(masks, distances, strict=True):
-        peaks = (distance == cv2.dilate(distance, np.ones((9, 9)))) & (mask > 0)
-        count, markers = cv2.connectedComponents(peaks.astype(np.uint8))
-        markers[mask == 0] = count
-        seeds.append(markers)
+    peaks = [(each == cv2.dilate(each, np.ones((9, 9)))) & (each > 0) for each in distances]
+    seeds = [cv2.connectedComponents(each.astype(np.uint8))[1] for each in peaks]  # they flood the whole picture
     colours = [cv2.merge([grey] * 3) for grey in greys]
     return {
         "cv2.distanceTransform": lambda: [cv2.distanceTransform(mask, cv2.DIST_L2, 5) for mask in masks],
@@ -479,15 +475,18 @@ def command_table(sources: Mapping[str, Sequence[np.ndarray]], args: argparse.Na
                 runs[" ".join((place, *words))] = partial(run_command, folder / place, words)
     seconds, _ = in_turns(runs, args.repeats)
     print(f"annotate.py, files of {args.side}x{args.side}, {args.count} of each set, medians of {args.repeats}")
-    print(f"    {'':<28}{'MP':>7}{'seconds':>9}{'of start':>9}{'s/MP':>8}{'after start':>13}{'cpu s/MP':>10}")
+    print(
+        f"    {'':<28}{'MP':>7}{'seconds':>9}{'of start':>9}{'s/MP':>8}{'after start':>13}{'cpu s/MP':>10}{'after start':>13}"
+    )
     for name, taken in seconds.items():
         place, *words = name.split()
         if place in sources:
             start = seconds[" ".join((f"{place}_start", *words))]
             total = len(sources[place]) * args.side**2 / 1e6
             wall = f"{taken.wall:>9.2f}{start.wall:>9.2f}{taken.wall / total:>8.3f}"
-            numbers = f"{total:>7.1f}{wall}{(taken.wall - start.wall) / total:>13.3f}{taken.cpu / total:>10.3f}"
-            print(f"    {name:<28}{numbers}")
+            numbers = f"{total:>7.1f}{wall}{(taken.wall - start.wall) / total:>13.3f}"
+            cpu = f"{taken.cpu / total:>10.3f}{(taken.cpu - start.cpu) / total:>13.3f}"
+            print(f"    {name:<28}{numbers}{cpu}")
 
 
 def run_command(images: Path, words: Sequence[str]) -> None:
