@@ -19,7 +19,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -163,7 +163,7 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> list[str]:
     failures += failed
     if not records:
         return failures
-    write_results(args, argv, files, records)
+    write_results(args, argv, files, records, stems)
     print(summary_of(records))
     failures += finish_videos(videos, files, records, args)
     if score_options.folder:
@@ -463,14 +463,24 @@ def annotate_all(task: Task, stems: Mapping[str, Path], workers: int) -> tuple[l
 
 
 def write_results(
-    args: argparse.Namespace, argv: Sequence[str] | None, files: "FileOptions", records: Sequence[Mapping[str, Any]]
+    args: argparse.Namespace,
+    argv: Sequence[str] | None,
+    files: "FileOptions",
+    records: Sequence[Mapping[str, Any]],
+    stems: Collection[str],
 ) -> None:
-    """Write the tables, and args.json, which --settings loads."""
+    """Write the tables, also about pictures of the folder that were not asked for, and args.json for --settings."""
+    from annotation.records import list_records
     from annotation.report import write_tables
     from image_io import write_text
 
+    images, labels = files.folder / "images", files.folder / "labels"
+    others = (each for each in list_records(files) if each["stem"] not in stems)
+    earlier = [each for each in others if (images / each["image"]).exists() and (labels / each["label_file"]).exists()]
+    if earlier:
+        print(f"the tables also hold {len(earlier)} picture{'s' * (len(earlier) > 1)} annotated earlier")
     record = cli.run_record(args, argv)
-    write_tables(files, records, {"settings": record})
+    write_tables(files, [*records, *earlier], {"settings": record})
     write_text(files.folder / "args.json", json.dumps(record, indent=2) + "\n")
 
 

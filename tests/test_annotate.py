@@ -238,6 +238,20 @@ def test_a_changed_picture_is_done_anew(tmp_path, pictures, capsys):
     assert [content(tmp_path / "out")[name] for name in names] == [content(tmp_path / "fresh")[name] for name in names]
 
 
+def test_tables_hold_what_the_folder_holds(tmp_path, pictures, capsys):
+    out = tmp_path / "out"
+    go("--images", pictures, "-o", out)
+    whole = rows_of(out / "objects.csv")
+    go("--images", pictures / "p1.png", "-o", out)
+    assert "also hold 2 pictures" in capsys.readouterr().out
+    assert rows_of(out / "objects.csv") == whole and report(out)["images"] == 3
+    (pictures / "p2.png").unlink()  # its link leads nowhere
+    go("--images", pictures / "p1.png", "-o", out)
+    assert {row["image"] for row in rows_of(out / "objects.csv")} == {"p0.png", "p1.png"}
+    images = json.loads((out / "annotations.json").read_text())["images"]
+    assert [image["file_name"] for image in images] == ["p0.png", "p1.png"]
+
+
 @pytest.mark.parametrize("kind", ["gt", "labels"])
 def test_edited_files_are_kept_byte_for_byte(tmp_path, pictures, kind, capsys):
     out = tmp_path / "out"
