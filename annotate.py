@@ -31,7 +31,8 @@ import cli
 if TYPE_CHECKING:
     import numpy as np
 
-    from annotation.engines import EngineOptions, Engines
+    from annotation.engine_options import EngineOptions
+    from annotation.engines import Engines
     from annotation.records import FileOptions
 
 INTERRUPTED = "the same command goes on where it stopped"
@@ -40,10 +41,10 @@ PREVIEWS = 8  # pictures in TensorBoard
 
 def build_parser() -> argparse.ArgumentParser:
     """Flags of annotate.py."""
-    from annotation.engines import add_engine_args
-    from annotation.scoring import add_score_args
-    from annotation.tuning import add_tune_args
-    from annotation.video import add_frame_args
+    from annotation.engine_options import add_engine_args
+    from annotation.frame_options import add_frame_args
+    from annotation.score_options import add_score_args
+    from annotation.tune_options import add_tune_args
 
     parser = cli.make_parser("Draft labels for unlabelled pictures: watershed, detectors, SAM, or a trained network.")
     add_image_args(parser)
@@ -104,7 +105,12 @@ def add_run_args(parser: argparse.ArgumentParser) -> None:
     """Add how many pictures are in work at a time, and where networks run."""
     group = parser.add_argument_group("run")
     group.add_argument(
-        "-w", "--workers", type=cli.positive_int, default=2, metavar="N", help="pictures at a time, a process for each"
+        "-w",
+        "--workers",
+        type=cli.natural,
+        default=2,
+        metavar="N",
+        help="pictures at a time, a process for each; 0: in this one",
     )
     cli.add_device_args(group)
 
@@ -136,14 +142,14 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> list[str]:
     """Annotate all pictures; return what went wrong."""
     cli.share_cores()
 
-    from annotation import scoring, tuning
-    from annotation.engines import options_from
+    from annotation import score_options, scoring, tune_options
+    from annotation.engine_options import options_from
     from annotation.files import remove_leftovers
 
-    score_options = scoring.options_from(args)
-    tuning.options_from(args)
-    if score_options.folder:
-        scoring.References(score_options)  # says now, and not in the end, that there are none
+    against = score_options.options_from(args)
+    tune_options.options_from(args)
+    if against.folder:
+        scoring.References(against)  # says now, and not in the end, that there are none
     device = pick_device(args)
     engines = options_from(args, device)
     pictures, videos = find_pictures(args.images)
@@ -166,8 +172,8 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> list[str]:
     write_results(args, argv, files, records, stems)
     print(summary_of(records))
     failures += finish_videos(videos, files, records, args)
-    if score_options.folder:
-        failures += print_scores(files, score_options, [record["stem"] for record in records])
+    if against.folder:
+        failures += print_scores(files, against, [record["stem"] for record in records])
     try:
         log_previews(args, files, records)
     except OSError as error:
@@ -244,7 +250,8 @@ def check_folder(folder: Path, pictures: Sequence[Path]) -> None:
 
 def take_frames(videos: Sequence[Path], folder: Path, args: argparse.Namespace) -> tuple[list[Path], list[str]]:
     """Write the chosen frames of videos into frames/; return their files and what went wrong."""
-    from annotation.video import FrameOptions, VideoError, extract_frames
+    from annotation.frame_options import FrameOptions
+    from annotation.video import VideoError, extract_frames
 
     frames, failures = [], []
     options = FrameOptions(args.step, args.fps, args.skip_similar)
@@ -304,10 +311,11 @@ def tune_engines(
     failures: list[str],
 ) -> "EngineOptions":
     """Search the engines' settings on a few pictures with references; write them down and return the best."""
-    from annotation import scoring, tuning
-    from annotation.engines import Cache, Engines, space_of, with_settings
+    from annotation import score_options, scoring, tune_options, tuning
+    from annotation.engine_options import space_of, with_settings
+    from annotation.engines import Cache, Engines
 
-    references = scoring.References(scoring.options_from(args))
+    references = scoring.References(score_options.options_from(args))
     samples, unread = tuning.read_samples(stems, references, args.tune)
     failures += unread
     print(f"tuning on {', '.join(sample.name for sample in samples)}")
@@ -317,7 +325,7 @@ def tune_engines(
         changed = with_settings(args, settings, engines.device) if settings else engines
         return loaded.changed(changed).find(image, cache)[0]
 
-    tuning_options = tuning.options_from(args)
+    tuning_options = tune_options.options_from(args)
     found = tuning.tune(segment, space_of(engines), samples, tuning_options, tell=print)
     path = tuning.write_tuning(folder, found, changed_flags(args), args.decimal)
     print(f"chosen: {found.best.settings or 'the default'}; --settings {shlex.quote(str(path))} uses it again")
@@ -326,7 +334,7 @@ def tune_engines(
 
 def changed_flags(args: argparse.Namespace) -> dict[str, Any]:
     """The flags of the engines that are not as by default."""
-    from annotation.engines import add_engine_args
+    from annotation.engine_options import add_engine_args
 
     parser = argparse.ArgumentParser(add_help=False)
     add_engine_args(parser)
@@ -400,15 +408,10 @@ def annotate_picture(task: Task, engines: "Engines", path: Path, stem: str) -> d
 
 
 def annotate_large(task: Task, engines: "Engines", path: Path, stem: str, digest: str) -> dict[str, Any]:
-    """Annotate a picture window by window.
-
-    Raises:
-        ImageError: parts of it could not be decoded; its files are there, without objects in those parts.
-    """
+    """Annotate a picture window by window; what could not be decoded is said in the record, and has no objects."""
     from tqdm import tqdm
 
     from annotation import large
-    from image_headers import ImageError
 
     hidden = True if multiprocessing.parent_process() else None  # bars of several processes would run into each other
     with tqdm(desc=path.name, unit="window", leave=False, disable=hidden, position=1) as bar:
@@ -417,10 +420,7 @@ def annotate_large(task: Task, engines: "Engines", path: Path, stem: str, digest
             bar.total = total
             bar.update(windows - bar.n)
 
-        record = large.annotate_large(task.files, path, engines, task.settings, digest, progress=show)
-    if record["damage"]:
-        raise ImageError("; ".join(record["damage"]))
-    return record
+        return large.annotate_large(task.files, path, engines, task.settings, digest, progress=show)
 
 
 def annotate_all(task: Task, stems: Mapping[str, Path], workers: int) -> tuple[list[dict[str, Any]], list[str]]:

@@ -111,10 +111,10 @@ def add_log_args(parser: argparse.ArgumentParser, *, tables: bool = True) -> Non
         group.add_argument("--decimal", choices=("comma", "dot"), default="comma", help="decimal sign in csv files")
 
 
-def add_checkpoint_args(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+def add_checkpoint_args(parser: argparse.ArgumentParser, *, several: bool = False, required: bool = True) -> None:
     """Add the checkpoint file or the folder to find it in; `several` also takes a whole folder as an ensemble."""
     group = parser.add_argument_group("checkpoint")
-    where = group.add_mutually_exclusive_group(required=True)
+    where = group.add_mutually_exclusive_group(required=required)
     where.add_argument(
         "-c", "--check-path", "-check", "-m", "--model", type=Path, metavar="FILE", help="checkpoint or ONNX file"
     )

@@ -95,10 +95,11 @@ class WatershedOptions:
 # Tried by --tune: what differs most between kinds of pictures. Names of flags, see annotation.tuning.
 SPACE: dict[str, list[Any] | tuple[float, float, str]] = {
     "ws_objects": ["bright", "dark", "rims"],
-    "ws_blur": (0.5, 2.5, "log"),
+    "ws_blur": (0.25, 2.5, "log"),
+    "ws_opening": [0, 3, 5],
     "ws_level": (0.05, 0.6, "log"),
     "ws_relative": (0.0, 0.6, "linear"),
-    "ws_neck": (0.6, 0.95, "linear"),
+    "ws_neck": (0.6, 0.97, "linear"),
     "ws_core": (0.2, 0.7, "linear"),
     "ws_extent": (0.1, 0.6, "linear"),
     "ws_local": (0.0, 4.0, "linear"),

@@ -17,9 +17,9 @@ from typing import Any
 import cv2
 import numpy as np
 
-import cli
 from annotation.instances import Instances
 from annotation.scoring import References, score_labels
+from annotation.tune_options import OBJECTIVES, TuneOptions
 from annotation.tuning_views import Sample, View, make_rungs
 from image_io import ImageError, read_image, write_text
 from tables import format_csv
@@ -27,50 +27,12 @@ from tables import format_csv
 Settings = dict[str, Any]  # name of a flag to its value; what is absent is as by default
 Range = tuple[float, float, str]  # lowest, highest, "log" or "linear"; of whole numbers when both ends are
 Space = Mapping[str, Sequence[Any] | Range]
-WATERSHED_SPACE: Space = {  # wider than annotation.presets.SPACE, to be put over it
-    "ws_blur": (0.25, 2.5, "log"),
-    "ws_opening": [0, 3, 5],
-    "ws_neck": (0.6, 0.97, "linear"),
-}
 # Image (H, W, C), settings, and a dictionary that lives as long as the image: an engine keeps there what does not
 # change between settings, such as encodings, boxes or filtered pictures.
 Segment = Callable[[np.ndarray, Settings, dict[Any, Any]], Instances]
 
-OBJECTIVES = {"f1": 0.5, "mean_f1": None}
 PARENTS = 6  # settings that are mixed
 WORTH = 0.01  # of the score: what a parameter must gain to be changed
-
-
-@dataclass(frozen=True)
-class TuneOptions:
-    """How long and for what is searched.
-
-    Attributes:
-        images: how many pictures with references are used; 0: no tuning.
-        trials: settings that are tried, the default one included; mixtures of the best come on top.
-        objective: f1 (at IoU 0.5) or mean_f1 (0.5 to 0.95), mean over pictures.
-        min_area: objects with fewer pixels are left out on both sides.
-        seed: of everything random.
-        keep: chance of each parameter to stay as it is by default.
-        halving: one in so many settings goes on from a rung to the next.
-    """
-
-    images: int = 0
-    trials: int = 64
-    objective: str = "f1"
-    min_area: int = 0
-    seed: int = 42
-    keep: float = 0.7
-    halving: int = 3
-
-    def __post_init__(self) -> None:
-        if self.trials < 1 or self.halving < 2 or not 0 <= self.keep < 1:
-            raise ValueError(
-                f"trials {self.trials}, halving {self.halving}, keep {self.keep}: expected at least 1, at least 2, and "
-                "a share from 0 to below 1"
-            )
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective is {self.objective!r}, expected one of {', '.join(OBJECTIVES)}")
 
 
 @dataclass
@@ -121,34 +83,6 @@ class Tuning:
     def default(self) -> Trial:
         """The setting without any change."""
         return self.trials[0]
-
-
-def add_tune_args(parser: argparse.ArgumentParser) -> None:
-    """Add the search for parameters."""
-    group = parser.add_argument_group("tuning")
-    group.add_argument(
-        "--tune",
-        type=cli.natural,
-        default=0,
-        metavar="N",
-        help="search the engines' parameters on N images with references in --against, write tune.csv and tuned.json",
-    )
-    group.add_argument("--tune-trials", type=cli.positive_int, default=64, metavar="N", help="settings that are tried")
-    group.add_argument(
-        "--tune-for", choices=tuple(OBJECTIVES), default="f1", help="F1 at IoU 0.5, or its mean over 0.5 to 0.95"
-    )
-    group.add_argument("--tune-seed", type=cli.natural, default=42, metavar="N", help="seed of the search")
-
-
-def options_from(args: argparse.Namespace) -> TuneOptions:
-    """The options behind the flags of add_tune_args and scoring.add_score_args.
-
-    Raises:
-        cli.UsageError: there is nothing to compare with.
-    """
-    if args.tune and args.against is None:
-        raise cli.UsageError("--tune needs masks or label maps of the images: give --against DIR")
-    return TuneOptions(args.tune, args.tune_trials, args.tune_for, args.score_min_area, args.tune_seed)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

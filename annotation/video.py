@@ -4,7 +4,6 @@ Videos are decoded from the first frame to the last, for seeking is slow and ine
 differences. What a video's rotation tag says is applied. Damage is named, and every frame that can be decoded is kept.
 """
 
-import argparse
 import contextlib
 import hashlib
 import json
@@ -20,7 +19,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-import cli
+from annotation.frame_options import FrameOptions
 from image_headers import ImageError
 from image_io import file_stem, write_image, write_text
 from plots import time_curves
@@ -44,49 +43,6 @@ os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 
 class VideoError(ImageError):
     """A file that is no video, or one that cannot be decoded or written here."""
-
-
-@dataclass(frozen=True)
-class FrameOptions:
-    """Which frames of a video are taken, and how they are stored.
-
-    Attributes:
-        step: take every step-th frame.
-        fps: take this many frames for each second instead; all frames where the video has fewer.
-        skip_similar: leave a frame out when no spot of it (1/64 of its longer side) differs from the last one taken by
-            more grey levels in any colour; 0 leaves out exact repetitions alone. None: keep all.
-        suffix: ".png", or ".jpg" for a tenth of the disk space and small losses.
-    """
-
-    step: int = 1
-    fps: float | None = None
-    skip_similar: float | None = None
-    suffix: str = ".png"
-
-    def __post_init__(self) -> None:
-        if self.step < 1 or (self.fps is not None and not 0 < self.fps < float("inf")):
-            raise ValueError(f"step {self.step} and fps {self.fps}: expected a step of 1 or more, or frames per second")
-        if self.step > 1 and self.fps is not None:
-            raise ValueError(f"step {self.step} and fps {self.fps:g} exclude each other; expected one of the two")
-        if self.skip_similar is not None and self.skip_similar < 0:
-            raise ValueError(f"skip_similar is {self.skip_similar}, expected grey levels of 0 or more")
-        if self.suffix not in (".png", ".jpg"):
-            raise ValueError(f"frames were to be written as {self.suffix!r}, expected .png or .jpg")
-
-
-def add_frame_args(parser: argparse.ArgumentParser) -> None:
-    """Add which frames of a video are taken."""
-    group = parser.add_argument_group("frames of videos")
-    which = group.add_mutually_exclusive_group()
-    which.add_argument("--step", type=cli.positive_int, default=1, metavar="N", help="take every N-th frame")
-    which.add_argument("--fps", type=cli.positive_float, metavar="X", help="take X frames for each second instead")
-    group.add_argument(
-        "--skip-similar",
-        type=cli.not_negative,
-        metavar="X",
-        help="leave out frames in which no spot (1/64 of the longer side) differs by more than X grey levels from the "
-        "last one taken; 4 suits most cameras",
-    )
 
 
 @dataclass(frozen=True, eq=False)

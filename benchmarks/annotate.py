@@ -35,7 +35,7 @@ import cv2
 import numpy as np
 
 import cli
-from annotation import engines, scoring, tuning
+from annotation import engine_options, engines, score_options, scoring, tune_options, tuning
 from image_io import list_images, read_image, write_image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -141,7 +141,7 @@ def read_set(folder: Path, group: str, limit: int | None = None) -> list[Picture
     for place in sorted(folder.glob("**/images")):
         if not (place.parent / "gt").is_dir():
             continue
-        references = scoring.References(scoring.ScoreOptions(place.parent / "gt"))
+        references = scoring.References(score_options.ScoreOptions(place.parent / "gt"))
         found += [(path, references, stem) for stem, path in sorted(list_images(place).items()) if stem in references]
     pictures = []
     for path, references, stem in spread(found, limit or len(found)):
@@ -209,15 +209,15 @@ def fill(mask: np.ndarray) -> np.ndarray:
 def default_flags(*words: str) -> argparse.Namespace:
     """The flags of annotate.py that choose objects, as by default but for `words`."""
     parser = argparse.ArgumentParser()
-    engines.add_engine_args(parser)
-    scoring.add_score_args(parser)
-    tuning.add_tune_args(parser)
+    engine_options.add_engine_args(parser)
+    score_options.add_score_args(parser)
+    tune_options.add_tune_args(parser)
     return parser.parse_args(words)
 
 
 def engine_with(settings: Mapping[str, Any] | None = None) -> engines.Engines:
     """The engine of the default call, with other settings."""
-    return engines.Engines(engines.with_settings(default_flags(), settings or {}, "cpu"))
+    return engines.Engines(engine_options.with_settings(default_flags(), settings or {}, "cpu"))
 
 
 def make_finders() -> dict[str, Callable[[Picture], np.ndarray]]:
@@ -358,15 +358,15 @@ def tune_pair(job: tuple[Sequence[Picture], tuple[int, int], int | None]) -> dic
     area = MIN_AREA["bubbles"]
     words = ["--tune=2", "--against=.", f"--score-min-area={area}", *([f"--tune-trials={trials}"] if trials else [])]
     flags = default_flags(*words)
-    options = engines.options_from(flags, "cpu")
+    options = engine_options.options_from(flags, "cpu")
     loaded = engines.Engines(options)
 
     def segment(image: np.ndarray, settings: Mapping[str, Any], cache: engines.Cache) -> Any:
-        return loaded.changed(engines.with_settings(flags, settings, "cpu")).find(image, cache)[0]
+        return loaded.changed(engine_options.with_settings(flags, settings, "cpu")).find(image, cache)[0]
 
     samples = [tuning.Sample(pictures[i].name, pictures[i].image, pictures[i].labels) for i in pair]
     begin = time.perf_counter()
-    best = tuning.tune(segment, engines.space_of(options), samples, tuning.options_from(flags)).best
+    best = tuning.tune(segment, engine_options.space_of(options), samples, tune_options.options_from(flags)).best
     seconds = time.perf_counter() - begin
     others = [picture for i, picture in enumerate(pictures) if i not in pair]
     rows = []
@@ -475,9 +475,8 @@ def command_table(sources: Mapping[str, Sequence[np.ndarray]], args: argparse.Na
                 runs[" ".join((place, *words))] = partial(run_command, folder / place, words)
     seconds, _ = in_turns(runs, args.repeats)
     print(f"annotate.py, files of {args.side}x{args.side}, {args.count} of each set, medians of {args.repeats}")
-    print(
-        f"    {'':<28}{'MP':>7}{'seconds':>9}{'of start':>9}{'s/MP':>8}{'after start':>13}{'cpu s/MP':>10}{'after start':>13}"
-    )
+    columns = f"{'seconds':>9}{'of start':>9}{'s/MP':>8}{'after start':>13}{'cpu s/MP':>10}{'after start':>13}"
+    print(f"    {'':<28}{'MP':>7}{columns}")
     for name, taken in seconds.items():
         place, *words = name.split()
         if place in sources:

@@ -13,10 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import cli
+from annotation.frame_options import FrameOptions, add_frame_args
 from annotation.video import (
-    FrameOptions,
     VideoError,
-    add_frame_args,
     extract_frames,
     list_videos,
     write_manifest,

@@ -8,7 +8,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cv2
 
-from annotation.engines import EngineOptions, Engines
+from annotation.engine_options import EngineOptions
+from annotation.engines import Engines
 from annotation.large import annotate_large
 from annotation.presets import WatershedOptions
 from annotation.records import FileOptions, digest_file

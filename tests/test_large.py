@@ -17,7 +17,8 @@ import annotate
 from annotation import large
 from annotation.coco import encode_objects, outlines_of
 from annotation.edits import EDITED
-from annotation.engines import EngineOptions, Engines
+from annotation.engine_options import EngineOptions
+from annotation.engines import Engines
 from annotation.files import is_done, is_edited, write_image_files
 from annotation.instances import Instances, gap_mask, number_instances, object_rows
 from annotation.large import annotate_large
@@ -410,6 +411,9 @@ def test_a_damaged_tile_is_named_and_the_rest_is_done(tmp_path, picture, capsys)
     labels = read_mask(tmp_path / "out" / "labels" / "p.tif")
     assert labels.max() > 10 and not labels[64:128, 128:192].any()
     assert read_record(FileOptions(tmp_path / "out"), "p")["damage"]
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["images"] == 1
+    again, printed = run(tmp_path, "--max-megapixels", "0.05", capsys=capsys)
+    assert again == 1 and "p.tif" in printed and "1 already done" in printed
 
 
 def test_a_truncated_large_picture_does_not_stop_the_others(tmp_path, picture, capsys):

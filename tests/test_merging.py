@@ -9,7 +9,8 @@ import pytest
 
 import cli
 from annotation.instances import Instances, empty_instances, number_instances
-from annotation.merging import MergeOptions, add_merge_args, agreement, mean_shape, merge, options_from
+from annotation.merge_options import MergeOptions, add_merge_args, options_from
+from annotation.merging import agreement, mean_shape, merge
 
 SHAPE = (80, 100)
 

@@ -7,13 +7,11 @@ import numpy as np
 import pytest
 
 import cli
+from annotation.score_options import ScoreOptions, add_score_args, options_from
 from annotation.scoring import (
     References,
     ScoreBoard,
-    ScoreOptions,
-    add_score_args,
     leave_out_small,
-    options_from,
     score_files,
     score_labels,
     to_objects,

@@ -17,19 +17,17 @@ from annotation.instances import number_instances
 from annotation.presets import SPACE as PRESET_SPACE
 from annotation.presets import add_watershed_args
 from annotation.presets import options_from as watershed_options
-from annotation.scoring import References, ScoreOptions, add_score_args, connected_objects, score_labels
+from annotation.score_options import ScoreOptions, add_score_args
+from annotation.scoring import References, connected_objects, score_labels
+from annotation.tune_options import TuneOptions, add_tune_args, options_from
 from annotation.tuning import (
-    WATERSHED_SPACE,
     WORTH,
     Trial,
-    TuneOptions,
-    add_tune_args,
     choose,
     draw_children,
     draw_settings,
     draw_trials,
     draw_value,
-    options_from,
     pick_samples,
     prefixed,
     read_samples,
@@ -372,9 +370,7 @@ def test_two_bubble_pictures_tune_the_watershed_for_the_others():
     def find(image, settings, cache):
         return segment(image, watershed_options(with_settings(args, settings)))
 
-    tuning = tune(
-        find, {**PRESET_SPACE, **WATERSHED_SPACE}, [samples[0], samples[3]], TuneOptions(trials=24, min_area=30)
-    )
+    tuning = tune(find, PRESET_SPACE, [samples[0], samples[3]], TuneOptions(trials=24, min_area=30))
     assert tuning.best.scores[1] >= tuning.default.scores[1]
     scores = [
         score_labels(find(samples[k].image, tuning.best.settings, {}).labels, samples[k].labels, 30).f1()

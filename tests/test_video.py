@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from annotation import video
+from annotation.frame_options import FrameOptions
 from annotation.video import (
     FRAME_COLUMNS,
-    FrameOptions,
     Video,
     VideoError,
     extract_frames,
