@@ -766,7 +766,7 @@ def test_engines_follow_from_the_weights(tmp_path, pictures, plugin, sam, capsys
         (("--against", ".", "--group-pattern", "("), "is no regular expression"),
         (("--step", 2, "--fps", 1), "not allowed with"),
         (("--device", "quantum", "--detector", "a.pt"), "is unknown"),
-        (("-w", 0), "out of range"),
+        (("-w", -1), "out of range"),
         (("--mm-per-pixel", 0), "above 0"),
     ],
 )
