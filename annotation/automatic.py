@@ -117,6 +117,8 @@ def prepare(
     options = _choose_range(values, options)
     stretched = _stretch(values, options)
     options = _choose_level(stretched, options)
+    if options.ground is None:
+        options = replace(options, ground=_find_ground(stretched, options.level))
     area = np.pi / 4 * options.size**2
     options = replace(
         options,
@@ -199,6 +201,13 @@ def _choose_level(values: np.ndarray, options: WatershedOptions) -> WatershedOpt
     power = np.minimum(thin(values), 1)[None] ** np.float32(options.gamma)
     level = find_threshold(power, 0.0, 1.0, weighted=options.threshold == "weighted").at
     return replace(options, level=float(options.lower * level ** (1 / options.gamma)))
+
+
+def _find_ground(values: np.ndarray, level: float) -> float:
+    """Brightness of what is no object; one number for all parts of a picture, so that they are judged alike."""
+    values = thin(values)
+    below = values[values <= level] if level > 0 else values[:0]
+    return float(np.median(below)) if below.size else float(np.quantile(values, 0.25))
 
 
 def fill_holes(mask: np.ndarray, limit: int) -> np.ndarray:

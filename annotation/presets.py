@@ -69,6 +69,7 @@ class WatershedOptions:
     )
     level: float = _flag("the threshold itself, from 0 to 1; default: by the rule", cli.share)
     lower: float = _flag("times this is the threshold that the rule gives", cli.positive_float)
+    ground: float = _flag("brightness of what is no object; default: the median below the threshold", cli.not_negative)
     relative: float = _flag("and above this share of the brightest nearby; 0: none", cli.share)
     local: float = _flag("objects are above the mean of a window of X sizes; 0: none", cli.not_negative)
     opening: int = _flag("smooth the mask by an opening N pixels wide", cli.natural, "N")

@@ -27,7 +27,6 @@ from annotation.presets import (
     options_from,
 )
 from annotation.retinex import wide_blur
-from annotation.thresholds import thin
 
 __all__ = [
     "PRESETS",
@@ -86,7 +85,7 @@ def _find_objects(values: np.ndarray, options: WatershedOptions) -> Instances:
     mask = _cut(values, options)
     labels = _part(mask, values, options)
     if options.core:
-        heights = _background(values, mask, options.size)
+        heights = _background(values, mask, options)
         np.subtract(values, heights, out=heights)
         limit = None
         for _ in range(options.passes):
@@ -161,19 +160,15 @@ def _part(mask: np.ndarray, values: np.ndarray, options: WatershedOptions) -> np
     return basins.part_mask(landscape, inside, neck=options.neck, depth=depth)
 
 
-def _background(values: np.ndarray, mask: np.ndarray, size: float) -> np.ndarray:
-    """The mean of what is no object in a window of four sizes, drawn to that of the picture where there is little."""
+def _background(values: np.ndarray, mask: np.ndarray, options: WatershedOptions) -> np.ndarray:
+    """The mean of what is no object in a window of four sizes, drawn to the ground where there is little."""
     outside = (1 - mask).astype(np.float32)
-    count = float(outside.sum(dtype=np.float64))
-    if not count:
-        return np.full(values.shape, values.min(), np.float32)
-    side = int(4 * size) | 1
+    side = int(4 * options.size) | 1
     ground = cv2.blur(outside, (side, side), borderType=cv2.BORDER_REFLECT)
     ground += np.float32(0.02)
     outside *= values
-    overall = float(outside.sum(dtype=np.float64)) / count
     total = cv2.blur(outside, (side, side), borderType=cv2.BORDER_REFLECT, dst=outside)
-    total += np.float32(0.02 * overall)
+    total += np.float32(0.02 * options.ground)
     return np.divide(total, ground, out=total)
 
 
@@ -204,9 +199,7 @@ def _judge(found: Instances, values: np.ndarray, mask: np.ndarray, options: Wate
     inner = np.bincount(found.labels[inside], values[inside], count) / np.maximum(area, 1)
     around = np.bincount(nearest[ring], minlength=count)
     outer = _quantiles(nearest[ring], values[ring], count, options.around)
-    empty = cv2.dilate(mask, _ellipse(5)) == 0
-    ground = float(np.median(thin(values[empty][None]))) if empty.any() else float(values.min())
-    contrast = np.clip((inner - outer) / np.maximum(inner - ground, FAINT), 0, 1)
+    contrast = np.clip((inner - outer) / np.maximum(inner - options.ground, FAINT), 0, 1)
     hidden = around < 0.1 * area  # nothing is seen of the surroundings
     contrast[hidden] = 1
     if options.landscape == "intensity":
