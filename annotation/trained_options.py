@@ -8,8 +8,8 @@ import cli
 
 SPACE: dict[str, list[object] | tuple[float, float, str]] = {  # what can be tuned: see annotation.tuning
     "thres": (0.2, 0.8, "linear"),
-    "split": [True, False],
-    "split_depth": (0.05, 0.6, "log"),
+    "model_split": [True, False],
+    "model_split_depth": (0.05, 0.6, "log"),
 }
 
 
@@ -42,9 +42,9 @@ def add_trained_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model-classes", nargs="+", default=[], metavar="NAME", help="classes that are objects; default: all"
     )
-    cli.add_switch(group, "--split", help="part predicted objects that a narrow neck joins")
+    cli.add_switch(group, "--model-split", help="part predicted objects that a narrow neck joins")
     group.add_argument(
-        "--split-depth",
+        "--model-split-depth",
         type=cli.inner_share,
         default=0.25,
         metavar="X",
@@ -67,8 +67,8 @@ def options_from(args: argparse.Namespace) -> TrainedOptions | None:
         path,
         args.thres,
         tuple(args.model_classes),
-        args.split,
-        args.split_depth,
+        args.model_split,
+        args.model_split_depth,
         args.backend,
         getattr(args, "batch", None),
     )
