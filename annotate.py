@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = "the same command goes on where it stopped"
 PREVIEWS = 8  # pictures in TensorBoard
+DAMAGES = 3  # messages about the damage of one picture
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -452,10 +453,16 @@ def annotate_all(task: Task, stems: Mapping[str, Path], workers: int) -> tuple[l
             pixels += record["size"][0] * record["size"][1]
             bar.set_postfix_str(f"{pixels / 1e6 / (time.perf_counter() - begin):.2f} MP/s")
     seconds, made = time.perf_counter() - begin, len(rest) - len(failures)
-    failures += [message for record in done.values() for message in record.get("damage", ())]
+    failures += [message for path, record in done.items() for message in few_of(record.get("damage", ()), path)]
     if made:
         print(f"{made} annotated: {pixels / 1e6:.1f} MP in {seconds:.1f} s, {pixels / 1e6 / seconds:.2f} MP/s")
     return [done[path] for path in stems.values() if path in done], failures
+
+
+def few_of(messages: Sequence[str], path: Path) -> list[str]:
+    """The first messages about a picture, and how many more there are: a file cut short can lack a thousand pieces."""
+    more = len(messages) - DAMAGES
+    return [*messages[:DAMAGES], *([f"{path}: {more} more pieces are damaged"] if more > 0 else [])]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

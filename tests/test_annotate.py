@@ -319,12 +319,15 @@ def test_what_was_corrected_elsewhere_comes_back_and_stays(tmp_path, pictures):
     assert len(lines) == report(out)["objects"]
 
 
-def test_damage_is_said_again(tmp_path, pictures, capsys):
-    go("--images", pictures, "-o", tmp_path / "out")
-    path = tmp_path / "out" / ".annotate" / "p1.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"damage": ["p1.png: tile 7 cannot be decoded"]}))
-    err = stopped(1, capsys, "--images", pictures, "-o", tmp_path / "out")
-    assert "tile 7 cannot be decoded" in err and report(tmp_path / "out")["images"] == 3
+def test_damage_is_said_in_every_run_but_not_at_length(tmp_path, capsys):
+    image, _ = draw(0, size=(320, 320))
+    data = tiff(image, photometric="rgb", tile=(16, 16), compression="zlib")
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "cut.tif").write_bytes(data[: len(data) // 2])
+    for _ in range(2):
+        err = stopped(1, capsys, "--images", tmp_path / "pictures", "-o", tmp_path / "out", "--max-megapixels", 0.01)
+        assert err.count("is damaged") == 3 and "more pieces are damaged" in err and "4 findings" in err
+        assert report(tmp_path / "out")["images"] == 1
 
 
 # ---- killed ----
