@@ -355,7 +355,9 @@ def load_engines(task: Task) -> None:
     global _LOADED
     cli.share_cores()
     from annotation.engines import Engines
+    from annotation.processes import keep_memory
 
+    keep_memory()
     _LOADED = task, Engines(task.engines, megapixels=task.megapixels or None)
 
 
@@ -557,17 +559,15 @@ def finish_videos(
 
 def log_previews(args: argparse.Namespace, files: "FileOptions", records: Sequence[Mapping[str, Any]]) -> None:
     """Previews, counts and histograms of sizes in TensorBoard."""
-    from torch.utils.tensorboard import SummaryWriter
+    import numpy as np
 
     from annotation.records import read_record
+    from events import EventWriter
     from image_io import read_image
-    from run_folder import shrink_panel
 
     whole = files.folder.resolve()
     folder = args.log_dir / (args.exp_name or f"annotate_{whole.parent.name}_{whole.name}")
-    import numpy as np
-
-    with SummaryWriter(str(folder)) as writer:
+    with EventWriter(folder) as writer:
         diameters = []
         for number, record in enumerate(records):
             table = (read_record(files, record["stem"]) or {}).get("table", {})
@@ -580,7 +580,7 @@ def log_previews(args: argparse.Namespace, files: "FileOptions", records: Sequen
         for record in records[:: max(1, len(records) // PREVIEWS)][:PREVIEWS]:
             path = files.place("overlays", record["stem"])
             if path.is_file():
-                writer.add_image(f"annotate/{record['stem']}", shrink_panel(read_image(path)), dataformats="HWC")
+                writer.add_image(f"annotate/{record['stem']}", read_image(path))
     print(f"tensorboard --logdir {shlex.quote(str(args.log_dir))}")
 
 

@@ -58,9 +58,11 @@ def options_from(args: argparse.Namespace) -> TrainedOptions | None:
     Raises:
         FileNotFoundError: no checkpoint is in the folder.
     """
-    from checkpoint import find_checkpoint
+    path = args.check_path
+    if args.check_dir:
+        from checkpoint import find_checkpoint
 
-    path = args.check_path or (find_checkpoint(args.check_dir) if args.check_dir else None)
+        path = find_checkpoint(args.check_dir)
     if path is None:
         return None
     return TrainedOptions(

@@ -17,6 +17,7 @@ FLOORS = (
     {
         "augmentations",
         "cli",
+        "events",
         "losses",
         "model",
         "optim",
