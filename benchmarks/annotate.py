@@ -36,6 +36,7 @@ import numpy as np
 
 import cli
 from annotation import engine_options, engines, score_options, scoring, tune_options, tuning
+from annotation.processes import keep_memory
 from image_io import list_images, read_image, write_image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = cli.parse(parser, argv)
     cli.share_cores()
+    keep_memory()  # as annotate.py does
     with cli.plain_errors(parser):
         {"quality": quality, "tune": tune, "speed": speed}[args.what](args)
 
