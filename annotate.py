@@ -79,6 +79,7 @@ def add_image_args(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="larger pictures are looked at window by window, in bounded memory",
     )
+    cli.add_decoded_arg(group)
 
 
 def add_output_args(parser: argparse.ArgumentParser) -> None:
@@ -137,6 +138,7 @@ class Task:
     settings: str
     max_pixels: float
     megapixels: float
+    max_decoded_gb: float
 
 
 def run(args: argparse.Namespace, argv: Sequence[str] | None) -> list[str]:
@@ -301,7 +303,7 @@ def make_task(
 
     counted = sum(map(count_pixels, stems.values())) / 1e6 if "model" in engines.parts else 0.0
     settings = hashlib.sha256(repr((engines.digest(), args.max_megapixels)).encode()).hexdigest()
-    return Task(engines, files, settings, args.max_megapixels * 1e6, counted)
+    return Task(engines, files, settings, args.max_megapixels * 1e6, counted, args.max_decoded_gb)
 
 
 def tune_engines(
@@ -423,7 +425,9 @@ def annotate_large(task: Task, engines: "Engines", path: Path, stem: str, digest
             bar.total = total
             bar.update(windows - bar.n)
 
-        return large.annotate_large(task.files, path, engines, task.settings, digest, progress=show)
+        return large.annotate_large(
+            task.files, path, engines, task.settings, digest, max_decoded_gb=task.max_decoded_gb, progress=show
+        )
 
 
 def annotate_all(task: Task, stems: Mapping[str, Path], workers: int) -> tuple[list[dict[str, Any]], list[str]]:

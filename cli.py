@@ -262,6 +262,17 @@ def add_slide_args(parser: argparse.ArgumentParser) -> None:
     add_tissue_arg(group)
 
 
+def add_decoded_arg(group: argparse._ArgumentGroup) -> None:
+    """Add how large an image may be that must be decoded whole."""
+    group.add_argument(
+        "--max-decoded-gb",
+        type=positive_float,
+        default=4.0,
+        metavar="GB",
+        help="largest image that is decoded whole, for formats that cannot be read by windows",
+    )
+
+
 def add_tissue_arg(group: argparse._ArgumentGroup) -> None:
     """Add where on slides windows are taken and predicted."""
     group.add_argument(

@@ -74,13 +74,7 @@ def add_scale_args(parser: argparse.ArgumentParser) -> None:
     scale.add_argument("--level", type=cli.natural, metavar="N", help="read this level of a pyramid; 0 is the largest")
     scale.add_argument("--mpp", type=cli.positive_float, metavar="UM", help="read at so many micrometres per pixel")
     cli.add_switch(group, "--full-size", help="enlarge the result to the slide's own pixels")
-    group.add_argument(
-        "--max-decoded-gb",
-        type=cli.positive_float,
-        default=4.0,
-        metavar="GB",
-        help="largest image that is decoded whole, for formats that cannot be read by windows",
-    )
+    cli.add_decoded_arg(group)
     group.add_argument(
         "--fill", type=float, metavar="V", help="value of pixels that cannot be decoded; default: the training's mean"
     )

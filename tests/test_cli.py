@@ -49,7 +49,8 @@ def test_every_flag_has_a_help_text(name):
         assert not action.help.endswith("."), f"{name}: {action.option_strings}"
 
 
-OWN_WORDS = {"amp", "batch", "workers", "dataset_dir", "group_pattern", "output_dir", "tile_size"}  # what they act on differs
+# What they act on differs.
+OWN_WORDS = {"amp", "batch", "workers", "dataset_dir", "group_pattern", "output_dir", "tile_size"}
 
 
 def test_a_flag_means_the_same_in_every_command():

@@ -184,7 +184,8 @@ def test_flags(tmp_path):
     cli.add_backend_args(parser)
     add_trained_args(parser)
     assert options_from(parser.parse_args([])) is None
-    options = options_from(parser.parse_args(["--check-path", "a.pth", "--model-split", "--model-classes", "one", "two"]))
+    words = ["--check-path", "a.pth", "--model-split", "--model-classes", "one", "two"]
+    options = options_from(parser.parse_args(words))
     assert options == TrainedOptions(Path("a.pth"), 0.5, ("one", "two"), True)
     with pytest.raises(FileNotFoundError):
         options_from(parser.parse_args(["--check-dir", str(tmp_path)]))
