@@ -5,6 +5,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+from scipy.ndimage import find_objects
 
 from annotation.coco import encode_objects
 from annotation.instances import Instances, find_runs, gap_mask, number_instances
@@ -27,7 +28,7 @@ def follow_gt(gt: np.ndarray, before: np.ndarray | None, gap: int) -> np.ndarray
         return number_instances(gt, 1.0, EDITED, pieces="all").labels
     old = number_instances(before, 1.0, EDITED, pieces="all").labels
     expected = gap_mask(old, gap) > 0
-    labels = np.where(expected & ~inside, 0, old)
+    labels = _erase(old, expected, inside)
     added = inside & (labels == 0)
     if added.any():
         # Numbers of the new pieces follow the old ones; what touches an object becomes part of the nearest.
@@ -38,18 +39,39 @@ def follow_gt(gt: np.ndarray, before: np.ndarray | None, gap: int) -> np.ndarray
         touches = np.zeros(count, bool)
         touches[pieces[added & (around > 0)]] = True
         joined = added & touches[pieces]
-        nearest = _nearest_labels(labels) if joined.any() else labels
+        nearest = _nearest(labels, labels > 0) if joined.any() else labels
         labels = np.where(joined, nearest, np.where(added, pieces + int(old.max()), labels))
     return number_instances(labels, 1.0, EDITED, pieces="all").labels
 
 
-def _nearest_labels(labels: np.ndarray) -> np.ndarray:
-    """Each pixel's nearest label, (H, W)."""
-    free = (labels == 0).view(np.uint8)
+def _erase(old: np.ndarray, shown: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """Labels (H, W) without what was erased from a gt, and without the pixels of the gap that lay beside it.
+
+    Args:
+        old: labels before the edit. shown: the pixels that gt had of them, (H, W) bool; the rest of an object is a gap
+            that nobody could erase, and follows its nearest pixel that was shown.
+        inside: the edited gt, (H, W) bool.
+    """
+    erased = shown & ~inside
+    labels = np.where(erased, 0, old)
+    changed = np.zeros(int(old.max(initial=0)) + 1, bool)
+    changed[old[erased]] = True
+    changed[0] = False
+    places = find_objects(old)
+    for label in np.flatnonzero(changed).tolist():
+        window = places[label - 1]
+        own, seen = old[window] == label, shown[window] & (old[window] == label)
+        labels[window][own & ~seen & ~inside[window] & _nearest(erased[window], seen)] = 0
+    return labels
+
+
+def _nearest(values: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Each pixel's value (H, W) at the nearest of some known pixels, (H, W) bool with at least one."""
+    free = (~known).view(np.uint8)
     _, place = cv2.distanceTransformWithLabels(free, cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL)
-    value = np.zeros(int(place.max()) + 1, labels.dtype)
-    value[place[free == 0]] = labels[free == 0]
-    return value[place]
+    found = np.zeros(int(place.max()) + 1, values.dtype)
+    found[place[known]] = values[known]
+    return found[place]
 
 
 def keep_scores(found: Instances, previous: Mapping[str, Any] | None) -> Instances:

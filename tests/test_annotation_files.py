@@ -462,6 +462,20 @@ def test_gt_cut_in_two_gives_two_objects_and_growth_joins_its_neighbour():
     assert result[8, 19] == result[8, 18]  # the gap is no edit
 
 
+@pytest.mark.parametrize("gap", [0, 1, 2, 3, 5])
+def test_what_is_erased_from_gt_takes_its_share_of_the_gap_along(gap):
+    labels = np.zeros((40, 60), np.int32)
+    labels[5:35, 5:30], labels[5:25, 30:50] = 1, 2  # the larger one gives way by the larger half of the gap
+    for erased, kept in ((1, 2), (2, 1)):
+        gt = gap_mask(labels, gap)
+        gt[labels == erased] = 0
+        np.testing.assert_array_equal(follow_gt(gt, labels, gap) > 0, labels == kept)
+    gt = gap_mask(labels, gap)
+    gt[20:] = 0  # the lower part of both
+    np.testing.assert_array_equal(follow_gt(gt, labels, gap)[:18], labels[:18])
+    assert not follow_gt(gt, labels, gap)[22:].any()
+
+
 # ---- tables ----
 
 
