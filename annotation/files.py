@@ -191,6 +191,7 @@ def _write(work: _Work, engines: Mapping[str, int]) -> dict[str, Any]:
         "image_digest": work.digests[0],
         "settings": work.digests[1],
         "made": options.made,
+        "kinds": options.kinds,
         "written": written,
         "edited": edited,
         "size": list(size),

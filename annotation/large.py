@@ -404,6 +404,7 @@ def _write_record(work: _Work, size: tuple[int, int], summary: Mapping[str, Any]
         "image_digest": work.digests[0],
         "settings": work.digests[1],
         "made": work.options.made,
+        "kinds": work.options.kinds,
         "written": written,
         "edited": edited,
         "size": list(size),

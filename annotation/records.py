@@ -150,7 +150,7 @@ def is_done(options: FileOptions, stem: str, image_digest: str, settings_digest:
     record = read_record(options, stem)
     if record is None or (record["image_digest"], record["settings"]) != (image_digest, settings_digest):
         return False
-    if record["made"] != options.made:
+    if record["made"] != options.made or not set(options.kinds) <= set(record.get("kinds", ())):  # others are older
         return False
     for kind in ("gt", "labels"):
         state = look_up(options, kind, stem, record)
