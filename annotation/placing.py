@@ -34,10 +34,11 @@ def put_image(
     if not path.exists():
         write_image(target, image)
         return target.name
-    if target.is_file() and not target.is_symlink() and not target.samefile(path):
-        if digest_file(target) == digest:
+    if target.is_file() and not target.samefile(path):
+        same = digest_file(target) == digest
+        if same and not target.is_symlink():
             return target.name
-        if not previous or not _is_ours(target, previous["image_digest"]):
+        if not same and not (previous and _is_ours(target, previous["image_digest"])):
             raise ImageError(
                 f"{target} is another image than {path}; expected no file of this name, or the same image: give "
                 "another output folder"

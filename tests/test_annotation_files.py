@@ -229,6 +229,20 @@ def test_a_read_only_folder_names_the_file(tmp_path, source, monkeypatch):
         annotate(FileOptions(tmp_path / "out"), source)
 
 
+def test_a_link_that_somebody_else_made_is_not_replaced(tmp_path, source):
+    folder = tmp_path / "out" / "images"
+    folder.mkdir(parents=True)
+    other = tmp_path / "other.png"
+    write_image(other, scene(9)[0])
+    (folder / "a.png").symlink_to(other)
+    with pytest.raises(ImageError, match="another image than"):
+        annotate(FileOptions(tmp_path / "out"), source, "a")
+    assert (folder / "a.png").resolve() == other.resolve()
+    other.write_bytes((source[0] / "a.png").read_bytes())  # the same image: the link may lead elsewhere
+    annotate(FileOptions(tmp_path / "out"), source, "a")
+    assert (folder / "a.png").resolve() == (source[0] / "a.png").resolve()
+
+
 # ---- done, killed, edited ----
 
 
@@ -244,6 +258,18 @@ def test_done_means_same_image_settings_and_files(tmp_path, source):
     for kind, name in (("gt", "a.png"), ("labels", "b.png"), ("yolo", "c.txt")):
         (options.folder / kind / name).unlink()
         assert not done(options, source, name[0]) and not is_edited(options, name[0])
+
+
+@pytest.mark.parametrize("kind", ["overlays", "panels", "geojson"])
+def test_drawings_of_an_earlier_run_do_not_count_as_done(tmp_path, source, kind):
+    plain = {"overlays": False, "panels": False, "geojson": False}
+    without, with_kind = FileOptions(tmp_path / "out", **plain), FileOptions(tmp_path / "out", **plain | {kind: True})
+    annotate(with_kind, source)
+    assert done(with_kind, source) and done(without, source)
+    annotate(without, source, settings="s2")  # leaves the drawings of the objects before
+    assert done(without, source, settings="s2") and not done(with_kind, source, settings="s2")
+    annotate(with_kind, source, settings="s2")
+    assert done(with_kind, source, settings="s2")
 
 
 @pytest.mark.parametrize("stop_at", range(1, 6))
