@@ -599,6 +599,13 @@ def test_objects_csv_has_a_row_for_each_object(tmp_path, source):
     assert int(first["area"]) == (source[1]["a"].labels == 1).sum()
     assert float(first["area_mm2"]) == pytest.approx(int(first["area"]) / 4, abs=1e-3)
     assert float(first["ellipse_major_mm"]) == pytest.approx(float(first["ellipse_major"]) / 2, abs=1e-3)
+    tiny = FileOptions(options.folder, mm_per_pixel=0.00025, decimal="dot")  # a slide
+    write_tables(tiny, list_records(tiny))
+    first = read_table(tiny.folder / "objects.csv")[0]
+    assert float(first["area_mm2"]) == pytest.approx(int(first["area"]) * 0.00025**2, rel=1e-3)
+    assert float(first["equivalent_diameter_mm"]) == pytest.approx(
+        float(first["equivalent_diameter"]) * 0.00025, rel=1e-3
+    )
     comma = FileOptions(options.folder)
     write_tables(comma, list_records(comma))
     assert "," in read_table(comma.folder / "objects.csv")[0]["centroid_x"]
