@@ -18,6 +18,7 @@ from annotation import merge_options, presets, sam_options, trained_options
 SINGLE = ("watershed", "yolo", "sam", "model")
 PROMPTED = ("yolo+sam", "watershed+sam", "model+sam")
 NAMES = (*SINGLE, *PROMPTED)
+WEIGHTS_SUFFIXES = (".json", ".safetensors", ".bin")  # in a folder of transformers
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class EngineOptions:
         """Of all settings that change objects, and of the weights' content."""
         sam = replace(self.sam, cache=None, cache_gb=0, chunk=1)  # whatever these are, the objects are alike
         detector = replace(self.detector, weights=None)  # the content of weights counts, not their place
-        trained = self.trained and replace(self.trained, path=Path())
+        trained = self.trained and replace(self.trained, path=Path(), batch=None)
         own = asdict(replace(self, sam=sam, detector=detector, trained=trained))
         relevant = {name: own[name] for name in ("names", "merge", *SETTINGS) if name in fields_of(self.parts)}
         files = [self.detector.weights, self.sam_path, self.trained.path if self.trained else None]
@@ -66,10 +67,10 @@ def fields_of(parts: set[str]) -> set[str]:
 
 
 def _digest_of(path: Path) -> str:
-    """Of a file's content, or of the names and sizes in a folder."""
+    """Of the content of a file, or of the files in a folder that hold weights or describe them."""
     if path.is_dir():
-        listed = [(str(each.relative_to(path)), each.stat().st_size) for each in sorted(path.rglob("*"))]
-        return hashlib.sha256(repr(listed).encode()).hexdigest()
+        files = [each for each in sorted(path.iterdir()) if each.suffix in WEIGHTS_SUFFIXES and each.is_file()]
+        return hashlib.sha256(repr([(each.name, _digest_of(each)) for each in files]).encode()).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
