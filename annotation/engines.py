@@ -28,6 +28,7 @@ class Engines:
         self._detector: Any = None
         self._sam: Any = None
         self._trained: Any = None
+        self._limits: tuple[float, float] | None = None  # see fixed
         if "yolo" in options.parts:
             self._detector = detectors.load_detector(options.detector, options.device)
             if self._detector.note:
@@ -49,7 +50,7 @@ class Engines:
     def changed(self, options: EngineOptions) -> "Engines":
         """The same networks, which are not loaded again, with other settings."""
         other = object.__new__(Engines)
-        other.options, other.notes = options, self.notes
+        other.options, other.notes, other._limits = options, self.notes, self._limits
         other._detector = self._detector and self._detector.changed(options.detector)
         other._sam, other._trained = self._sam, self._trained
         if self._sam is not None:
@@ -57,16 +58,19 @@ class Engines:
 
             other._sam = Sam(self._sam.network, options.sam)
         if self._trained is not None:
-            other._trained = replace(self._trained, options=options.trained)
+            other._trained = self._trained.with_options(options.trained)
         return other
 
     def fixed(self, sample: np.ndarray) -> "Engines":
         """The same with all that is automatic chosen from a sample, so that parts of one image are treated alike."""
-        if "watershed" not in self.options.parts:
-            return self
-        from annotation.watershed import choose_options
+        options = self.options
+        if "watershed" in options.parts:
+            from annotation.watershed import choose_options
 
-        return self.changed(replace(self.options, watershed=choose_options(sample, self.options.watershed)))
+            options = replace(options, watershed=choose_options(sample, options.watershed))
+        other = self.changed(options)
+        other._limits = detectors.display_range(sample)
+        return other
 
     def find(self, image: np.ndarray, cache: Cache | None = None) -> tuple[Instances, dict[str, Instances]]:
         """The objects of an image (H, W, C), RGB then extras, and those of each engine.
@@ -83,34 +87,55 @@ class Engines:
     def _run(self, name: str, image: np.ndarray, cache: Cache) -> Instances:
         """One engine, prompted by another where the name has two."""
         own = fields_of(set(name.split("+"))) - {"names", "merge"}
-        key = name, *(repr(getattr(self.options, field)) for field in sorted(own))
-        if key not in cache:
-            first, _, second = name.partition("+")
-            if second:
-                boxes = self._boxes(first, image, cache)
-                cache[key] = rename(self._sam.segment_boxes(image, boxes), name)
-            else:
-                cache[key] = self._single(first)(image)
-        return cache[key]
+        key = tuple(repr(getattr(self.options, field)) for field in sorted(own))
+        first, _, second = name.partition("+")
 
-    def _single(self, name: str) -> Callable[[np.ndarray], Instances]:
+        def look() -> Instances:
+            if not second:
+                return self._look(name, image, cache)
+            return rename(self._sam.segment_boxes(image, self._boxes(first, image, cache)), name)
+
+        return _keep(cache, name, key, look)
+
+    def _look(self, name: str, image: np.ndarray, cache: Cache) -> Instances:
+        """One engine by itself."""
         if name == "watershed":
             from annotation.watershed import segment
 
-            return lambda image: segment(image, self.options.watershed)
+            return segment(image, self.options.watershed)
         if name == "yolo":
-            return lambda image: detectors.boxes_to_instances(self._detect(image), *image.shape[:2])
-        return self._sam.segment_everything if name == "sam" else self._trained.segment
+            return detectors.boxes_to_instances(self._detect(image, cache), *image.shape[:2])
+        return self._sam.segment_everything(image) if name == "sam" else self._trained.segment(image, cache)
 
-    def _detect(self, image: np.ndarray) -> Boxes:
-        return slicing.detect_sliced(self._detector, image, self.options.slices)
+    def _detect(self, image: np.ndarray, cache: Cache) -> Boxes:
+        options = self.options
+        return _keep(
+            cache,
+            "boxes",
+            (repr(options.detector), repr(options.slices)),
+            lambda: slicing.detect_sliced(self._detector, image, options.slices, self._limits),
+        )
 
     def _boxes(self, name: str, image: np.ndarray, cache: Cache) -> np.ndarray:
         """What prompts SAM: (n, 4) left, top, right, bottom."""
         if name == "yolo":
-            return self._detect(image).xyxy
+            return self._detect(image, cache).xyxy
         found = self._run(name, image, cache)
         return merging.boxes_of(found.labels, len(found))[:, [1, 0, 3, 2]]
+
+
+def _keep(cache: Cache, name: str, key: Any, make: Callable[[], Any]) -> Any:
+    """What `make` gives for a key; of each name two results are kept: the first, in tuning the default's, and the last.
+
+    A search tries hundreds of settings, and label maps are large.
+    """
+    kept = cache.setdefault(name, {})
+    if key not in kept:
+        result = make()
+        if len(kept) > 1:
+            kept.popitem()
+        kept[key] = result
+    return kept[key]
 
 
 def rename(found: Instances, engine: str) -> Instances:

@@ -78,7 +78,9 @@ def plan_slices(height: int, width: int, options: SliceOptions, side: int) -> li
     return windows
 
 
-def detect_sliced(detector: Detector, image: np.ndarray, options: SliceOptions) -> Boxes:
+def detect_sliced(
+    detector: Detector, image: np.ndarray, options: SliceOptions, limits: tuple[float, float] | None = None
+) -> Boxes:
     """Find the objects of a picture slice by slice.
 
     Only the slices of a batch are held in the form that the detector takes, so memory hardly grows with the picture.
@@ -87,12 +89,13 @@ def detect_sliced(detector: Detector, image: np.ndarray, options: SliceOptions) 
         detector: what looks at each slice.
         image: (H, W, C) as image_io.read_image gives it; see detectors.to_rgb8.
         options: how to cut and merge.
+        limits: display_range of the whole of which this is a part; None: of this picture.
 
     Returns:
         Boxes in pixels of the picture, inside it and best first.
     """
     height, width = image.shape[:2]
-    limits = display_range(image)
+    limits = limits or display_range(image)
     windows = plan_slices(height, width, options, detector.side)
     parts, regions = [], []
     for group in _batches(windows, detector.batch):
