@@ -194,7 +194,8 @@ def part_by_distance(heights: np.ndarray, mask: np.ndarray, spacing: int) -> np.
     Args:
         heights: (H, W) float32, finite.
         mask: (H, W) bool.
-        spacing: a summit counts when nothing is higher in the square of so many pixels to each side.
+        spacing: a summit counts when nothing is higher in the square of so many pixels to each side; of equally high
+            ones, of which ridges have many, the first does.
 
     Returns:
         (H, W) int32 label map with gaps between the numbers. A part without such a summit belongs to the neighbour
@@ -202,11 +203,14 @@ def part_by_distance(heights: np.ndarray, mask: np.ndarray, spacing: int) -> np.
     """
     basins, summits = climb(heights, mask)
     flat = heights.reshape(-1)
+    square = np.ones((2 * spacing + 1,) * 2, np.uint8)
     inside = np.where(mask, heights, np.float32(-1e30)).astype(np.float32)
-    highest = cv2.dilate(inside, np.ones((2 * spacing + 1,) * 2, np.uint8)).reshape(-1)[summits]
-    seeds = flat[summits] >= highest
+    place = np.zeros(flat.size, np.float32)
+    place[summits] = np.arange(len(summits), 0, -1)  # exact up to 2^24 summits
+    place[summits[flat[summits] < cv2.dilate(inside, square).reshape(-1)[summits]]] = 0
+    seeds = (place > 0) & (place >= cv2.dilate(place.reshape(mask.shape), square).reshape(-1))
     passes = find_passes(basins, heights)
-    ranks = seeds.astype(np.float64)  # joins keep the larger rank: parts stay apart when both hold a seed
+    ranks = seeds[summits].astype(np.float64)  # joins keep the larger rank: parts stay apart when both hold a seed
     return look_up(join_basins(ranks, passes, lambda lower, _: lower > 0), basins)
 
 

@@ -134,7 +134,10 @@ _BASE = WatershedOptions(
 # The predecessor's chain with its README's numbers, each stage done as it was meant: logarithms are not cut at 1e-5,
 # the bilateral filter knows the range of its data (75 grey levels were meant, of a spread of about 40), reconstruction
 # is of grey values and not of their bits, the stretch leaves 0.1 % out so that one pixel cannot scale the picture,
-# objects at the frame get a peak too, and the lines between objects are not painted over.
+# objects at the frame get a peak too, and the lines between objects are not painted over. What is darker than its
+# surroundings is 0, as reconstruction of the bits made it, for the threshold of 60 was found with that. Holes are
+# filled, as drawing outlines did. All markers count and not the small ones alone, which left larger objects to a
+# detector, and objects end at the markers: the margin of 5 x 10 pixels around was room for the flood, and no outline.
 _CTCI = replace(
     _BASE,
     channel="grey",
@@ -145,16 +148,15 @@ _CTCI = replace(
     bilateral_space=75.0,
     reconstruct=3,
     blur=1.1,
+    black=0.0,
     level=60 / 255,
     local=0.0,
     opening=0,
-    holes=0,
-    markers="small",
+    holes=-1,
     spacing=5,
     smooth=0.0,
     core=0.0,
     extent=0.0,
-    grow=7,
     contrast=0.0,
     min_area=1,
 )

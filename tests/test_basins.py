@@ -119,6 +119,15 @@ def test_spacing_keeps_summits_apart_and_no_part_without_owner():
     assert len(peaks) > 5
 
 
+def test_a_ridge_of_equal_heights_is_one_part():
+    mask = np.ones((15, 60), bool)
+    heights = np.minimum(np.arange(15), np.arange(15)[::-1]).astype(np.float32)[:, None].repeat(60, axis=1)
+    heights[:, 27:34] = 0.5  # a pass, wider than the spacing
+    labels = basins.part_by_distance(heights, mask, 5)
+    assert len(np.unique(labels)) == 2
+    assert len(np.unique(labels[:, :27])) == len(np.unique(labels[:, 34:])) == 1
+
+
 def test_labels_grow_to_the_nearest_and_keep_to_the_limit():
     labels = np.zeros((20, 30), np.int32)
     labels[10, 5], labels[10, 20] = 7, 3
