@@ -15,8 +15,6 @@ is linked. The same command again goes on with what is missing or older than its
 import argparse
 import hashlib
 import json
-import os
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -202,6 +200,12 @@ def begin(args: argparse.Namespace, rules: Rules, sides: dict[str, list["Pair"]]
 
     entry = {"rules": hashlib.sha256(repr(rules).encode()).hexdigest()}
     record = args.output_dir / RECORD
+    folders = [args.output_dir / kind / split for kind in ("images", LABEL_DIR) for split in sides]
+    if not record.is_file() and any(_visible(folder) for folder in folders):
+        raise FileExistsError(
+            f"{args.output_dir} holds a training set that this command did not make; expected an empty folder or none: "
+            "give another one with -o"
+        )
     if record.is_file() and not args.overwrite and json.loads(record.read_text(encoding="utf-8")) != entry:
         raise FileExistsError(
             f"{args.output_dir} was made with other flags; expected the same, another folder, or --overwrite"
@@ -209,14 +213,18 @@ def begin(args: argparse.Namespace, rules: Rules, sides: dict[str, list["Pair"]]
     for split, pairs in sides.items():
         wanted = {pair.name for pair in pairs}
         for folder in (args.output_dir / "images" / split, args.output_dir / LABEL_DIR / split):
-            found = sorted(folder.iterdir()) if folder.is_dir() else []
-            others = [path for path in found if path.name[0] != "." and image_io.file_stem(path) not in wanted]
+            others = [path for path in _visible(folder) if image_io.file_stem(path) not in wanted]
             if others:
                 raise FileExistsError(
                     f"{folder} holds {len(others)} files of another set, first: {others[0].name}; expected those of "
                     f"{args.dataset} alone: give another folder, or move them away"
                 )
     image_io.write_text(record, json.dumps(entry))
+
+
+def _visible(folder: Path) -> list[Path]:
+    """The files of a folder, in order; none where there is no folder."""
+    return sorted(path for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
 
 
 def write_pair(args: argparse.Namespace, rules: Rules, split: str, pair: "Pair") -> int:
@@ -341,31 +349,21 @@ def place_picture(path: Path, image: "np.ndarray", folder: Path, name: str, *, c
     import numpy as np
 
     from annotation.detectors import to_rgb8
+    from annotation.placing import place_image
     from image_io import read_orientation, write_image
 
     folder.mkdir(parents=True, exist_ok=True)
     plain = path.suffix.lower() in LINKED and image.dtype == np.uint8 and image.shape[2] in (1, 3)
     plain = plain and read_orientation(path) == 1
     target = folder / f"{name}{path.suffix.lower() if plain else '.png'}"
-    for other in (folder / f"{name}{suffix}" for suffix in LINKED):
-        if other.is_symlink() or (other.exists() and (plain or other != target)):
-            other.unlink()
-    if not plain:
+    if plain:
+        place_image(path, target, copy=copy)
+    else:
+        target.unlink(missing_ok=True)  # it may be a link to a picture, which must not be written over
         write_image(target, to_rgb8(image))
-    elif copy or not _link(path, target):
-        temporary = target.with_name(f".{target.name}.tmp")
-        shutil.copyfile(path, temporary)
-        temporary.replace(target)
-
-
-def _link(path: Path, target: Path) -> bool:
-    """Link a picture by its way from the folder, so that both can move together; False where links cannot be made."""
-    source = path.resolve()
-    try:
-        target.symlink_to(Path(os.path.relpath(source, target.parent.resolve())))
-    except OSError:  # another drive, or Windows without the right to make links: a copy does as well
-        return False
-    return True
+    for other in (folder / f"{name}{suffix}" for suffix in LINKED):
+        if other != target:
+            other.unlink(missing_ok=True)
 
 
 def write_description(folder: Path, rules: Rules) -> None:

@@ -210,6 +210,20 @@ def test_other_flags_and_other_files_are_refused(tmp_path, capsys):
     assert "holds 1 files of another set, first: c.png" in capsys.readouterr().err
 
 
+def test_a_set_that_somebody_else_made_stays(tmp_path, capsys):
+    root = make_set(tmp_path / "set", ["a", "b", "c"])
+    theirs = tmp_path / "theirs"
+    write_image(theirs / "images" / "train" / "a.png", np.zeros((4, 4, 3), np.uint8))
+    (theirs / "labels" / "train").mkdir(parents=True)
+    (theirs / "labels" / "train" / "a.txt").write_text("7 by hand")
+    before = {path: path.read_bytes() for path in theirs.rglob("*") if path.is_file()}
+    for words in ([], ["--overwrite"]):
+        with pytest.raises(SystemExit):
+            run("-d", root, "-o", theirs, *words)
+        assert "did not make" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in theirs.rglob("*") if path.is_file()} == before
+
+
 @pytest.mark.parametrize("kind", ["uint16", "float", "rgba", "grey", "five"])
 def test_pictures_that_yolo_reads_otherwise_are_converted(tmp_path, kind):
     labels = label_map(0)
