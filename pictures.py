@@ -33,12 +33,13 @@ def list_pictures(words: Sequence[str], more: Sequence[str] = ()) -> list[Path]:
             inside = [path]
         else:
             inside = [Path(item) for item in glob.glob(str(path), recursive=True)]  # noqa: PTH207 - may be absolute
+        files = [item for item in inside if item.is_file()]
         if not inside and not glob.has_magic(str(path)) and not path.is_dir():
             raise FileNotFoundError(f"{word} does not exist; expected an image, a slide, a folder or a glob")
-        if not inside:
+        if not files:
             what = f"the folder {path} holds" if path.is_dir() else f"{word} names"
             raise FileNotFoundError(f"{what} no image or slide; expected files such as *.png, *.tif or *.svs")
-        found += sorted((item for item in inside if item.is_file()), key=lambda item: item.name)
+        found += sorted(files, key=lambda item: item.name)
     first: dict[Path, Path] = {}
     for path in found:
         first.setdefault(path.resolve(), path)

@@ -337,6 +337,8 @@ def test_pictures_are_listed_from_files_folders_and_globs(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="the folder .*empty holds no image or slide"):
         names([str(tmp_path / "empty")])
+    with pytest.raises(FileNotFoundError, match="names no image or slide"):
+        names([str(tmp_path / "emp*")])  # folders alone
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif", "a.bmp", "a.webp"])
