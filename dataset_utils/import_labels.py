@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> list[str]:
         )
     images = list_images(args.output_dir / "images")
     reader = Reader(_Sizes(images), args.kind, frozenset(args.only))
-    is_annotated = (args.output_dir / RECORDS).is_dir()
+    is_annotated = any((args.output_dir / RECORDS).glob("*.json"))  # what was replaced is kept there in any data set
     count = 0
     for labels in reader.read(args.sources):
         options = options_for(args, labels.stem)

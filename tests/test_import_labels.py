@@ -257,6 +257,9 @@ def test_masks_of_a_plain_data_set_are_a_persons(tmp_path, capsys):
     assert [path.name for path in (root / "gt").iterdir()] == ["a.png"]
     (kept,) = (root / ".annotate" / "replaced" / "gt").iterdir()
     np.testing.assert_array_equal(read_mask(kept) > 0, OLD > 0)
+    write_mask(tmp_path / "mine" / "a.png", (OLD > 0).astype(np.uint8))
+    run(root, tmp_path / "mine", "--overwrite")  # what is kept there makes it no folder of annotate.py
+    assert {path.name for path in root.iterdir()} == {"images", "gt", "labels", ".annotate"}
 
 
 def test_files_without_objects_do_not_clear_an_image_by_accident(tmp_path, labelled, capsys):
