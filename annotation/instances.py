@@ -31,8 +31,6 @@ ROW_COLUMNS = (
     "engine",
     "score",
 )
-LENGTHS = ("equivalent_diameter", "ellipse_major", "ellipse_minor")
-MM_COLUMNS = ("area_mm2", *(f"{name}_mm" for name in LENGTHS))
 
 
 @dataclass(frozen=True, eq=False)
@@ -298,13 +296,12 @@ def paste_masks(
 # Measures
 
 
-def object_rows(found: Instances, image: np.ndarray, *, mm_per_pixel: float | None = None) -> list[dict[str, Any]]:
+def object_rows(found: Instances, image: np.ndarray) -> list[dict[str, Any]]:
     """Measure every object.
 
     Args:
         found: the objects.
         image: (H, W, C), any type; mean_intensity is over all channels and the finite pixels, in the image's units.
-        mm_per_pixel: adds MM_COLUMNS.
 
     Returns:
         A row of ROW_COLUMNS for each object, in pixels. The centre of the first pixel is (0, 0). ellipse_*: of the
@@ -321,7 +318,7 @@ def object_rows(found: Instances, image: np.ndarray, *, mm_per_pixel: float | No
     table |= measure_runs(ids, runs.rows[inside], runs.columns[inside], runs.lengths[inside], count)
     table["mean_intensity"] = _mean_intensities(image, runs, count)
     table["score"] = found.scores.astype(np.float64)
-    return list_rows(table, found.engines, mm_per_pixel)
+    return list_rows(table, found.engines)
 
 
 def measure_runs(
@@ -363,16 +360,11 @@ def measure_runs(
     }
 
 
-def list_rows(
-    table: dict[str, np.ndarray], engines: Sequence[str], mm_per_pixel: float | None = None
-) -> list[dict[str, Any]]:
-    """Rows of ROW_COLUMNS, with MM_COLUMNS where a scale is given, from all columns (n,) but that of the engines."""
-    if mm_per_pixel is not None:
-        table = table | {"area_mm2": table["area"] * mm_per_pixel**2}
-        table |= {f"{name}_mm": table[name] * mm_per_pixel for name in LENGTHS}
+def list_rows(table: dict[str, np.ndarray], engines: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of ROW_COLUMNS from all columns (n,) but that of the engines."""
     lists = {name: _tidy(values) for name, values in table.items()} | {"engine": list(engines)}
-    names = (*ROW_COLUMNS, *(MM_COLUMNS if mm_per_pixel is not None else ()))
-    return [dict(zip(names, row, strict=True)) for row in zip(*(lists[name] for name in names), strict=True)]
+    rows = zip(*(lists[name] for name in ROW_COLUMNS), strict=True)
+    return [dict(zip(ROW_COLUMNS, row, strict=True)) for row in rows]
 
 
 def _tidy(values: np.ndarray) -> list[Any]:

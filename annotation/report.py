@@ -8,11 +8,13 @@ from typing import IO, Any
 import numpy as np
 
 from annotation.doubts import EDITED, FLAGS, rank_doubts
-from annotation.instances import LENGTHS, MM_COLUMNS, ROW_COLUMNS
+from annotation.instances import ROW_COLUMNS
 from annotation.records import FileOptions, brief, read_record
 from image_io import atomic_write, write_text
 from tables import format_csv
 
+LENGTHS = ("equivalent_diameter", "ellipse_major", "ellipse_minor")  # that are told in millimetres too
+MM_COLUMNS = ("area_mm2", *(f"{name}_mm" for name in LENGTHS))
 REVIEW_COLUMNS = (
     "rank",
     "image",

@@ -4,7 +4,7 @@ Objects below a least area are left out on both sides before anything is counted
 255, and its 4-connected components are its objects; in a label map every value is one object.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,14 +82,13 @@ class References:
         """What has no partner, in words: images without a reference, and references without an image."""
         stems = set(stems)
         messages = []
-        for lack, what, where in (
-            (stems - self.files.keys(), "images have no reference in", self.folder),
-            (self.files.keys() - stems, "references have no image, from", self.folder),
+        for lack, count, what in (
+            (stems - self.files.keys(), len(stems), "images have no reference in"),
+            (self.files.keys() - stems, len(self.files), "references have no image, from"),
         ):
             if lack:
-                of = len(stems) if "reference in" in what else len(self.files)
                 names = ", ".join(sorted(lack)[:5]) + (", ..." if len(lack) > 5 else "")
-                messages.append(f"{len(lack)} of {of} {what} {where}: {names}; files pair by stem")
+                messages.append(f"{len(lack)} of {count} {what} {self.folder}: {names}; files pair by stem")
         return messages
 
 
@@ -313,13 +312,11 @@ def write_scores(folder: Path, board: ScoreBoard, decimal: str = "comma") -> Pat
     return path
 
 
-def score_files(
-    found: Mapping[str, Path], options: ScoreOptions, *, stems: Sequence[str] | None = None
-) -> tuple[ScoreBoard, list[str]]:
+def score_files(found: Mapping[str, Path], options: ScoreOptions) -> tuple[ScoreBoard, list[str]]:
     """Compare label maps on disk with references, one image at a time.
 
     Args:
-        found: stem to label map. stems: images to compare; None: all of `found`.
+        found: stem to label map.
 
     Returns:
         The scores, and what could not be compared: missing pairs and unreadable files.
@@ -329,12 +326,11 @@ def score_files(
         ValueError: the group pattern does not match a name, or no image at all has a reference.
     """
     references = References(options)
-    wanted = list(found if stems is None else stems)
-    failures = references.missing(wanted)
-    both = [stem for stem in wanted if stem in references and stem in found]
+    failures = references.missing(found)
+    both = [stem for stem in found if stem in references]
     if not both:
         raise ValueError(
-            f"no image has a reference in {references.folder}: the images are {', '.join(sorted(wanted)[:3])}, the "
+            f"no image has a reference in {references.folder}: the images are {', '.join(sorted(found)[:3])}, the "
             f"references {', '.join(sorted(references.files)[:3])}; files pair by stem"
         )
     board = ScoreBoard(options.group_pattern)

@@ -64,16 +64,12 @@ class TiledFiles:
         labels: TIFF of uint32 numbers. mask: TIFF of uint8, 0 or 255.
         work: folder for files in between, about as large as the results; it is removed at the end.
         gap: pixels by which touching objects are parted in the mask.
-        kind: see slide_writer.Job.finish.
-        mm_per_pixel: adds columns to the rows of objects.
     """
 
     labels: Path
     mask: Path
     work: Path
     gap: int = 0
-    kind: str = "tiff"
-    mm_per_pixel: float | None = None
 
 
 @dataclass(frozen=True)
@@ -148,13 +144,13 @@ def annotate_tiled(
         bands = _portions(draft, "draft", grid.width)
         joined = join_parts(bands, parts)
         final = stack.enter_context(_open_anew(files.work / "final", "", grid, {"labels": np.uint32, "mask": np.uint8}))
-        numbered = _measured(label_parts(bands, joined), grid, joined, files.mm_per_pixel, take_rows)
+        numbered = _measured(label_parts(bands, joined), grid, joined, take_rows)
         covered = 0
         for _, labels, mask in mask_bands(numbered, joined.areas, files.gap):
             covered += int(np.count_nonzero(labels))
             final.append({"labels": labels, "mask": mask})
         for name, path in (("labels", files.labels), ("mask", files.mask)):
-            final.finish(name, path, kind=files.kind)
+            final.finish(name, path, kind="tiff")
         result = TiledResult(grid.height, grid.width, len(joined), covered, list(grid.damage))
         if complete is not None:
             complete(result, _portions(final, "labels", grid.width))
@@ -410,11 +406,10 @@ def _measured(
     bands: Iterable[Band],
     grid: Grid,
     joined: Joined,
-    mm_per_pixel: float | None,
     take_rows: Callable[[list[dict[str, Any]]], None] | None,
 ) -> Iterator[Band]:
     """Pass bands on, and the rows of the objects that end in them to take_rows."""
-    table = ObjectRows(joined.scores, joined.engines, mm_per_pixel)
+    table = ObjectRows(joined.scores, joined.engines)
     for top, labels in bands:
         if take_rows is not None:
             rows = table.add(top, labels, grid.read(top, 0, *labels.shape), last=top + len(labels) == grid.height)

@@ -14,9 +14,9 @@ class ObjectRows:
     What is kept are the runs of the objects that go on, 48 bytes for each row of each.
     """
 
-    def __init__(self, scores: np.ndarray, engines: tuple[str, ...], mm_per_pixel: float | None = None) -> None:
+    def __init__(self, scores: np.ndarray, engines: tuple[str, ...]) -> None:
         """Scores and engines of the objects, entry 0 is the background."""
-        self._scores, self._engines, self._scale = scores, engines, mm_per_pixel
+        self._scores, self._engines = scores, engines
         self._open = np.zeros((6, 0))  # id, row, column, length, sum of intensities, finite values
 
     def add(self, top: int, labels: np.ndarray, image: np.ndarray, *, last: bool) -> list[dict[str, Any]]:
@@ -50,7 +50,7 @@ class ObjectRows:
         table = {"id": numbers, **measure_runs(ids, rows, columns, lengths, count)}
         table["mean_intensity"] = np.divide(sums, finite, out=np.full(count, np.nan), where=finite > 0)
         table["score"] = self._scores[numbers].astype(np.float64)
-        return list_rows(table, [self._engines[number] for number in numbers.tolist()], self._scale)
+        return list_rows(table, [self._engines[number] for number in numbers.tolist()])
 
 
 class ObjectCounts:

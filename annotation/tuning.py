@@ -5,7 +5,6 @@ goes on to whole pictures, the best of them to changed copies too (turned, brigh
 what is good on two pictures alone is often luck. The default setting is among those that reach the end.
 """
 
-import argparse
 import json
 import math
 import time
@@ -87,23 +86,6 @@ class Tuning:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings
-
-
-def with_settings(args: argparse.Namespace, settings: Settings) -> argparse.Namespace:
-    """The flags of a command with those of a setting in their place: what the engines' options_from can read.
-
-    Raises:
-        ValueError: a name of the setting is no flag of the command.
-    """
-    unknown = [name for name in settings if not hasattr(args, name)]
-    if unknown:
-        raise ValueError(f"{' '.join(unknown)}: no flags of this command; expected names such as those of its SPACE")
-    return argparse.Namespace(**{**vars(args), **settings})
-
-
-def prefixed(space: Space, prefix: str) -> Space:
-    """A space whose names are fields of options as one whose names are flags, such as sam_points of points."""
-    return {name if name.startswith(prefix) else prefix + name: values for name, values in space.items()}
 
 
 def draw_settings(space: Space, rng: np.random.Generator, keep: float) -> Settings:

@@ -282,15 +282,6 @@ def test_lines_points_and_squares_are_convex():
     assert [row["ellipse_angle"] for row in rows] == [0, 0, 90, 0]
 
 
-def test_millimetres_scale_areas_and_lengths():
-    found = number_instances(discs(40, 40, [(20, 20)], 10), 1.0, "x")
-    (row,) = object_rows(found, np.zeros((40, 40, 1), np.uint8), mm_per_pixel=0.5)
-    assert row["area_mm2"] == row["area"] / 4
-    assert row["equivalent_diameter_mm"] == pytest.approx(row["equivalent_diameter"] / 2)
-    assert row["ellipse_minor_mm"] == pytest.approx(row["ellipse_minor"] / 2)
-    assert list(row)[-4:] == ["area_mm2", "equivalent_diameter_mm", "ellipse_major_mm", "ellipse_minor_mm"]
-
-
 def test_mean_intensity_leaves_pixels_out_that_are_not_finite():
     labels = np.array([[1, 1, 0, 2, 2]], np.int32)
     image = np.array([[[2.0], [np.nan], [9], [np.nan], [np.inf]]], np.float32)

@@ -29,11 +29,9 @@ from annotation.tuning import (
     draw_trials,
     draw_value,
     pick_samples,
-    prefixed,
     read_samples,
     survivors,
     tune,
-    with_settings,
     write_tuning,
 )
 from annotation.tuning_views import Sample, View, change_tones, change_view, crop_view, make_rungs, take_window
@@ -335,15 +333,6 @@ def test_others_take_the_place_of_pictures_that_cannot_be_tuned_on(tmp_path):
         read_samples({"other": images["s0"]}, references, 2)
 
 
-def test_settings_take_the_place_of_flags():
-    args = argparse.Namespace(level=3, blur=1.0)
-    changed = with_settings(args, {"level": 7})
-    assert vars(changed) == {"level": 7, "blur": 1.0} and args.level == 3
-    with pytest.raises(ValueError, match="lvel: no flags of this command"):
-        with_settings(args, {"lvel": 7})
-    assert prefixed({"points": [1], "sam_min": [2]}, "sam_") == {"sam_points": [1], "sam_min": [2]}
-
-
 def test_flags():
     parser = argparse.ArgumentParser()
     add_score_args(parser)
@@ -368,7 +357,7 @@ def test_two_bubble_pictures_tune_the_watershed_for_the_others():
     args = parser.parse_args([])
 
     def find(image, settings, cache):
-        return segment(image, watershed_options(with_settings(args, settings)))
+        return segment(image, watershed_options(argparse.Namespace(**vars(args) | settings)))
 
     tuning = tune(find, PRESET_SPACE, [samples[0], samples[3]], TuneOptions(trials=24, min_area=30))
     assert tuning.best.scores[1] >= tuning.default.scores[1]
