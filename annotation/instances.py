@@ -316,7 +316,8 @@ def object_rows(found: Instances, image: np.ndarray) -> list[dict[str, Any]]:
     ids, count = runs.values[inside] - 1, len(found)
     table = {"id": np.arange(1, count + 1)}
     table |= measure_runs(ids, runs.rows[inside], runs.columns[inside], runs.lengths[inside], count)
-    table["mean_intensity"] = _mean_intensities(image, runs, count)
+    sums, amounts = sum_intensities(image, runs)
+    table["mean_intensity"] = mean_intensities(ids, sums[inside], amounts[inside], count)
     table["score"] = found.scores.astype(np.float64)
     return list_rows(table, found.engines)
 
@@ -411,11 +412,8 @@ def _hull_pixels(ids: np.ndarray, rows: np.ndarray, columns: np.ndarray, lengths
     return doubled / 2 + on_edge / 2 + 1
 
 
-def _mean_intensities(image: np.ndarray, runs: Runs, count: int) -> np.ndarray:
-    """Mean of the finite values below each object, (count,) float64, NaN where none is."""
-    image = image[..., None] if image.ndim == 2 else image
-    inside = runs.values > 0
-    ids = runs.values[inside] - 1
+def sum_intensities(image: np.ndarray, runs: Runs) -> tuple[np.ndarray, np.ndarray]:
+    """Sum of the finite values (H, W, C) below each run, over all channels, and how many they are: (m,) float64."""
     sums, amounts = np.zeros(len(runs.places)), np.zeros(len(runs.places))
     for c in range(image.shape[2]):
         values = image[..., c].reshape(-1).astype(np.float32)
@@ -426,7 +424,12 @@ def _mean_intensities(image: np.ndarray, runs: Runs, count: int) -> np.ndarray:
             values[~finite] = 0
             amounts += np.add.reduceat(finite.astype(np.float32), runs.places)
         sums += np.add.reduceat(values, runs.places)
-    total, number = np.bincount(ids, sums[inside], count), np.bincount(ids, amounts[inside], count)
+    return sums, amounts
+
+
+def mean_intensities(ids: np.ndarray, sums: np.ndarray, amounts: np.ndarray, count: int) -> np.ndarray:
+    """Mean value of each object, (count,) float64, from those of its runs (m,); NaN where none is finite."""
+    total, number = np.bincount(ids, sums, count), np.bincount(ids, amounts, count)
     return np.divide(total, number, out=np.full(count, np.nan), where=number > 0)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from annotation.coco import encode_runs
-from annotation.instances import find_runs, list_rows, measure_runs
+from annotation.instances import find_runs, list_rows, mean_intensities, measure_runs, sum_intensities
 
 
 class ObjectRows:
@@ -30,7 +30,7 @@ class ObjectRows:
         """
         runs = find_runs(labels)
         inside = runs.values > 0
-        sums, amounts = _run_intensities(image, runs.places, runs.lengths)
+        sums, amounts = sum_intensities(image, runs)
         columns = (runs.values, runs.rows + top, runs.columns, runs.lengths, sums, amounts)
         known = np.concatenate([self._open, [column[inside].astype(np.float64) for column in columns]], axis=1)
         going_on = np.zeros(len(self._scores), bool)
@@ -46,9 +46,8 @@ class ObjectRows:
         numbers, ids = np.unique(runs[0].astype(np.int64), return_inverse=True)
         count = len(numbers)
         rows, columns, lengths = (column.astype(np.int64) for column in runs[1:4])
-        finite, sums = np.bincount(ids, runs[5], count), np.bincount(ids, runs[4], count)
         table = {"id": numbers, **measure_runs(ids, rows, columns, lengths, count)}
-        table["mean_intensity"] = np.divide(sums, finite, out=np.full(count, np.nan), where=finite > 0)
+        table["mean_intensity"] = mean_intensities(ids, runs[4], runs[5], count)
         table["score"] = self._scores[numbers].astype(np.float64)
         return list_rows(table, [self._engines[number] for number in numbers.tolist()])
 
@@ -87,14 +86,3 @@ class ObjectCounts:
         lengths = np.add.reduceat(lengths, whole)
         numbers, owners = np.unique(ids[whole], return_inverse=True)
         return numbers.tolist(), encode_runs(owners + 1, starts[whole], lengths, height * width)
-
-
-def _run_intensities(image: np.ndarray, places: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sum of the finite values below each run, and how many there are, (m,) each."""
-    channels = image.shape[2]
-    flat = np.ascontiguousarray(image).reshape(-1)
-    if image.dtype.kind != "f":
-        return np.add.reduceat(flat, places * channels, dtype=np.uint64), lengths * channels
-    finite = np.isfinite(flat)
-    sums = np.add.reduceat(np.where(finite, flat, 0), places * channels, dtype=np.float64)
-    return sums, np.add.reduceat(finite, places * channels, dtype=np.int64)
