@@ -61,6 +61,7 @@ def _choose_channel(image: np.ndarray) -> str:
     """The channel that Otsu's threshold parts best, for pictures in colour."""
     if not _is_coloured(image):
         return "grey"
+    image = _thin_out(image)
     best = {}
     for name in ("grey", *CHANNELS):
         values = cv2.blur(_to_channel(image, name), (3, 3))
@@ -72,10 +73,16 @@ def _is_coloured(image: np.ndarray) -> bool:
     """Whether channels differ by more than 1 % of the range, on average."""
     if image.shape[2] < 3:
         return False
-    step = max(1, int(np.sqrt(image.shape[0] * image.shape[1] / COLOUR_SAMPLE)))
-    red, green, blue = (_finite(image[::step, ::step, channel].astype(np.float32)) for channel in range(3))
+    image = _thin_out(image)
+    red, green, blue = (_finite(image[..., channel].astype(np.float32)) for channel in range(3))
     span = max(float(one.max()) for one in (red, green, blue)) - min(float(one.min()) for one in (red, green, blue))
     return float((np.abs(red - green) + np.abs(green - blue)).mean()) > 0.02 * span
+
+
+def _thin_out(image: np.ndarray) -> np.ndarray:
+    """Every n-th row and column, COLOUR_SAMPLE pixels or some more: as much as a choice of colour needs."""
+    step = max(1, int(np.sqrt(image.shape[0] * image.shape[1] / COLOUR_SAMPLE)))
+    return image[::step, ::step]
 
 
 def _ends(values: np.ndarray, percentage: float) -> tuple[float, float]:
