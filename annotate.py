@@ -147,7 +147,7 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> list[str]:
 
     from annotation import score_options, scoring, tune_options
     from annotation.engine_options import options_from
-    from annotation.files import remove_leftovers
+    from annotation.records import hold_folder
 
     against = score_options.options_from(args)
     tune_options.options_from(args)
@@ -158,6 +158,22 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> list[str]:
     pictures, videos = find_pictures(args.images)
     files = file_options(args, pictures, videos)
     check_folder(files.folder, pictures)
+    with hold_folder(files.folder):
+        return annotate_found(args, argv, engines, files, pictures, videos)
+
+
+def annotate_found(
+    args: argparse.Namespace,
+    argv: Sequence[str] | None,
+    engines: "EngineOptions",
+    files: "FileOptions",
+    pictures: Sequence[Path],
+    videos: Sequence[Path],
+) -> list[str]:
+    """Annotate pictures and the frames of videos; return what went wrong."""
+    from annotation import score_options
+    from annotation.files import remove_leftovers
+
     remove_leftovers(files)
     frames, failures = take_frames(videos, files.folder, args)
     stems, doubled = name_pictures([*pictures, *frames])
@@ -175,6 +191,7 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> list[str]:
     write_results(args, argv, files, records, stems)
     print(summary_of(records))
     failures += finish_videos(videos, files, records, args)
+    against = score_options.options_from(args)
     if against.folder:
         failures += print_scores(files, against, [record["stem"] for record in records])
     try:

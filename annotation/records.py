@@ -5,6 +5,7 @@ what the tables are made of. It is written before the files and names them as th
 behind, a file that is neither of these nor of those before was edited by somebody.
 """
 
+import contextlib
 import hashlib
 import json
 import unicodedata
@@ -15,6 +16,7 @@ from typing import Any, Literal
 
 from image_headers import ImageError
 from image_io import IMAGE_SUFFIXES
+from spool import FolderLock
 
 RECORDS = ".annotate"
 VERSION = 1  # of records
@@ -66,6 +68,25 @@ class FileOptions:
     def kinds(self) -> list[str]:
         """The folders with a file for each image, besides gt and labels."""
         return ["yolo", *(kind for kind in ("overlays", "panels", "geojson") if getattr(self, kind))]
+
+
+@contextlib.contextmanager
+def hold_folder(folder: Path) -> Iterator[None]:
+    """Keep other commands from writing labels into an output: each would take what the other wrote for a person's work.
+
+    Raises:
+        JobError: another process writes there.
+        OSError: it cannot be written to.
+    """
+    records = folder / RECORDS
+    records.mkdir(parents=True, exist_ok=True)
+    lock = FolderLock(records)
+    try:
+        yield
+    finally:
+        lock.release(remove=True)
+        with contextlib.suppress(OSError):  # it holds something
+            records.rmdir()
 
 
 def list_label_files(folder: Path, kind: str, stem: str) -> list[Path]:

@@ -65,16 +65,24 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(args: argparse.Namespace) -> list[str]:
     """Import all sources; return what was left out and why."""
-    from annotation.importing import Reader
-    from annotation.records import RECORDS, list_records
-    from annotation.report import read_about, write_tables
-    from image_io import list_images
+    from annotation.records import hold_folder
 
     if not (args.output_dir / "images").is_dir():
         raise FileNotFoundError(
             f"{args.output_dir} has no images/; expected a data set or an output of annotate.py: give a split, such as "
             "train, of a data set that has splits"
         )
+    with hold_folder(args.output_dir):
+        return import_all(args)
+
+
+def import_all(args: argparse.Namespace) -> list[str]:
+    """Import all sources into an output that nobody else writes to; return what was left out and why."""
+    from annotation.importing import Reader
+    from annotation.records import RECORDS, list_records
+    from annotation.report import read_about, write_tables
+    from image_io import list_images
+
     images = list_images(args.output_dir / "images")
     reader = Reader(_Sizes(images), args.kind, frozenset(args.only))
     is_annotated = any((args.output_dir / RECORDS).glob("*.json"))  # what was replaced is kept there in any data set

@@ -24,6 +24,7 @@ from tiny_runs import write_checkpoint
 import annotate
 import train
 from annotation.engines import Engines
+from annotation.records import hold_folder
 from annotation.sam_engine import Sam
 from image_io import read_mask, write_image, write_mask
 from object_metrics import object_scores
@@ -1048,3 +1049,13 @@ def test_as_a_program_with_two_processes(tmp_path, pictures):
     (pictures / "bad.png").unlink()
     again = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert again.returncode == 0 and "3 already done" in again.stdout
+
+
+def test_an_output_that_another_process_writes_to_is_left_alone(pictures, tmp_path, capsys):
+    folder = tmp_path / "pictures_labels"
+    with hold_folder(folder):
+        said = stopped(1, capsys, "--images", pictures)
+        assert "in use by another process" in said and "another output folder" in said
+        assert [path.name for path in folder.iterdir()] == [".annotate"]
+    go("--images", pictures)
+    assert not (folder / ".annotate" / "lock").exists()

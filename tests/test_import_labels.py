@@ -10,6 +10,7 @@ from pycocotools import mask as coco_mask
 
 from annotation.files import FileOptions, is_done, is_edited, read_record, write_image_files
 from annotation.instances import gap_mask, number_instances
+from annotation.records import hold_folder
 from annotation.report import write_tables
 from dataset_utils import import_labels
 from geojson import GeoJsonWriter
@@ -389,3 +390,10 @@ def test_two_files_for_one_image_are_named(tmp_path, labelled, capsys):
     message = refused(capsys, labelled, tmp_path / "one", tmp_path / "two")
     assert "is for 'a', as" in message
     np.testing.assert_array_equal(labels_of(labelled), NEW)
+
+
+def test_an_output_that_another_process_writes_to_is_left_alone(tmp_path, labelled, capsys):
+    write_mask(tmp_path / "mine" / "a.png", NEW.astype(np.uint8))
+    with hold_folder(labelled):
+        assert "in use by another process" in refused(capsys, labelled, tmp_path / "mine")
+    np.testing.assert_array_equal(labels_of(labelled), OLD)
