@@ -13,9 +13,10 @@ given; then they are kept in .annotate/replaced/.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import cli
 
@@ -49,8 +50,15 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--gap", type=cli.natural, metavar="N", help="pixels between objects in gt/; without it as the folder has, or 1"
     )
-    group.add_argument("--mm-per-pixel", type=cli.positive_float, metavar="MM", help="adds millimetres to objects.csv")
-    group.add_argument("--decimal", choices=("comma", "dot"), default="comma", help="decimal sign in csv files")
+    group.add_argument(
+        "--mm-per-pixel",
+        type=cli.positive_float,
+        metavar="MM",
+        help="millimetres in objects.csv; without it as the folder has them",
+    )
+    group.add_argument(
+        "--decimal", choices=("comma", "dot"), help="sign in csv files; without it as the folder has, or comma"
+    )
     return parser
 
 
@@ -79,16 +87,17 @@ def run(args: argparse.Namespace) -> list[str]:
 def import_all(args: argparse.Namespace) -> list[str]:
     """Import all sources into an output that nobody else writes to; return what was left out and why."""
     from annotation.importing import Reader
-    from annotation.records import RECORDS, list_records
+    from annotation.records import RECORDS, FileOptions, list_records
     from annotation.report import read_about, write_tables
     from image_io import list_images
 
     images = list_images(args.output_dir / "images")
     reader = Reader(_Sizes(images), args.kind, frozenset(args.only))
     is_annotated = any((args.output_dir / RECORDS).glob("*.json"))  # what was replaced is kept there in any data set
-    count = 0
+    about = read_about(FileOptions(args.output_dir))
+    tables, count = table_options(args, about), 0
     for labels in reader.read(args.sources):
-        options = options_for(args, labels.stem)
+        options = options_for(args, tables, labels.stem)
         try:
             message = take_in(options, labels, images[labels.stem], empty=args.empty, overwrite=args.overwrite)
             if is_annotated:
@@ -99,8 +108,7 @@ def import_all(args: argparse.Namespace) -> list[str]:
         count += 1
         print(message)
     if is_annotated and count:
-        options = options_for(args, "")
-        write_tables(options, list_records(options), read_about(options))
+        write_tables(options_for(args, tables, ""), list_records(tables), about)
     print(f"{count} images have new labels in {args.output_dir}")
     return reader.findings
 
@@ -120,17 +128,28 @@ class _Sizes(dict):
         return super().__getitem__(stem)
 
 
-def options_for(args: argparse.Namespace, stem: str) -> "FileOptions":
-    """How the files of an image were written, so that they are written again in that way."""
-    from annotation.records import FileOptions, read_record
+def table_options(args: argparse.Namespace, about: Mapping[str, Any]) -> "FileOptions":
+    """How the tables are written: as the flags say, or else as the report says that they were."""
+    from annotation.records import FileOptions
 
-    options = FileOptions(args.output_dir, mm_per_pixel=args.mm_per_pixel, decimal=args.decimal)
+    before = about.get("settings", {}).get("flags", {})
+    return FileOptions(
+        args.output_dir,
+        mm_per_pixel=args.mm_per_pixel or before.get("mm_per_pixel"),
+        decimal=args.decimal or before.get("decimal", "comma"),
+    )
+
+
+def options_for(args: argparse.Namespace, options: "FileOptions", stem: str) -> "FileOptions":
+    """How the files of an image were written, so that they are written again in that way."""
+    from annotation.records import read_record
+
     record = read_record(options, stem) or {}
     made = dict(record.get("made", options.made))
     if args.gap is not None:
         made["gap"] = args.gap
     made |= {kind: (args.output_dir / kind).is_dir() for kind in ("overlays", "panels", "geojson")}
-    return FileOptions(args.output_dir, mm_per_pixel=args.mm_per_pixel, decimal=args.decimal, **made)
+    return replace(options, **made)
 
 
 def take_in(options: "FileOptions", labels: "Labels", image: Path, *, empty: bool, overwrite: bool) -> str:

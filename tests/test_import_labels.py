@@ -10,7 +10,7 @@ from pycocotools import mask as coco_mask
 
 from annotation.files import FileOptions, is_done, is_edited, read_record, write_image_files
 from annotation.instances import gap_mask, number_instances
-from annotation.records import hold_folder
+from annotation.records import hold_folder, list_records
 from annotation.report import write_tables
 from dataset_utils import import_labels
 from geojson import GeoJsonWriter
@@ -115,6 +115,20 @@ def test_labels_accepted_as_they_are_count_as_a_persons(tmp_path, labelled):
     assert read_record(options, "a")["table"]["engine"] == ["watershed"] * 3
     np.testing.assert_array_equal(labels_of(labelled), OLD)
     np.testing.assert_array_equal(gt_of(labelled), gap_mask(OLD, 1))
+
+
+def test_tables_keep_their_units_and_their_decimal_sign(tmp_path, labelled):
+    options = FileOptions(labelled, mm_per_pixel=0.5, decimal="dot")
+    flags = {"flags": {"mm_per_pixel": 0.5, "decimal": "dot"}}
+    write_tables(options, list_records(options), {"settings": flags})
+    write_mask(tmp_path / "mine" / "b.png", NEW.astype(np.uint8))
+    for words, scale in (([], 0.5), (["--mm-per-pixel", 0.1], 0.1)):
+        run(labelled, tmp_path / "mine", *words)
+        with (labelled / "objects.csv").open() as file:
+            rows = list(csv.DictReader(file, delimiter=";"))
+        for row in rows:
+            assert float(row["area_mm2"]) == pytest.approx(int(row["area"]) * scale**2, rel=1e-3)
+        assert json.loads((labelled / "report.json").read_text())["settings"] == flags
 
 
 def test_tables_follow_and_keep_what_the_report_said(tmp_path, labelled):
