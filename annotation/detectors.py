@@ -12,9 +12,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from annotation import decoding, detector_options
+from annotation import decoding
 from annotation.boxes import Boxes, Mask, clip_boxes, no_boxes
 from annotation.decoding import KNOWN, DetectorError, Found, Layout, Letterbox
+from annotation.detector_options import DetectorOptions
 from annotation.instances import Instances, paste_masks
 
 FREE_SIDE = 640  # of networks that take any size and do not say which they were trained on
@@ -22,10 +23,6 @@ PROBE_SIDES = (256, 320)  # an input of two different sides tells rows from colu
 GPU_BATCH = 8
 BAND_PIXELS = 1 << 20  # of deep images, stretched at a time
 DISPLAY_SIDE = 1000  # rows and columns that the stretch of deep images looks at, at most twice as many
-
-SPACE = detector_options.DETECTOR_SPACE
-DetectorOptions = detector_options.DetectorOptions
-add_detector_args, options_from = detector_options.add_detector_args, detector_options.detector_options_from
 
 
 class Detector(Protocol):

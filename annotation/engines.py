@@ -54,7 +54,7 @@ class Engines:
         other._detector = self._detector and self._detector.changed(options.detector)
         other._sam, other._trained = self._sam, self._trained
         if self._sam is not None:
-            from annotation.sam import Sam
+            from annotation.sam_engine import Sam
 
             other._sam = Sam(self._sam.network, options.sam)
         if self._trained is not None:

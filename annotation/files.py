@@ -31,29 +31,11 @@ from annotation.records import (
     VERSION,
     FileOptions,
     LabelFile,
-    digest_file,
-    is_done,
-    is_edited,
-    list_records,
     look_up,
     read_record,
 )
 from image_headers import ImageError
 from image_io import atomic_write, file_stem, read_mask, write_text
-
-__all__ = [
-    "FileOptions",
-    "digest_file",
-    "flags_of",
-    "is_done",
-    "is_edited",
-    "list_records",
-    "read_record",
-    "remove_leftovers",
-    "store_edited",
-    "write_edited",
-    "write_image_files",
-]
 
 LEFTOVER_SECONDS = 3600  # another run may be writing what is younger
 OVERLAY_SIDE = 4096  # pixels of an overlay's longer side; of larger images every second pixel is shown, and so on

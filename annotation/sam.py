@@ -17,10 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from annotation.sam_engine import Encoding, Sam
-from annotation.sam_options import SAM_TYPES, SPACE, SamOptions, add_sam_args, options_from
-
-__all__ = ["SAM_TYPES", "SPACE", "Encoding", "Sam", "SamOptions", "add_sam_args", "load_sam", "options_from"]
+from annotation.sam_engine import Sam
+from annotation.sam_options import SamOptions
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 SIZES = {(768, 12): "vit_b", (1024, 24): "vit_l", (1280, 32): "vit_h"}  # width and depth of the encoder

@@ -10,7 +10,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from annotation import detector_options
 from annotation.boxes import (
     Boxes,
     clip_boxes,
@@ -22,16 +21,13 @@ from annotation.boxes import (
     no_boxes,
     overlapping_pairs,
 )
+from annotation.detector_options import SliceOptions
 from annotation.detectors import Detector, display_range, to_rgb8
 
 WHOLE_UP_TO = 1.5  # times the network's side: pictures up to here are not sliced by themselves
 EDGE_SHARE = 0.01  # a box that ends so near an inner edge of its slice counts as cut
 EDGE_PIXELS = 2.0
 SAME_OBJECT = 0.5  # IoU of two boxes where both slices saw
-
-SPACE = detector_options.SLICE_SPACE
-SliceOptions = detector_options.SliceOptions
-add_slice_args, options_from = detector_options.add_slice_args, detector_options.slice_options_from
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -161,9 +161,9 @@ def take_in(options: "FileOptions", labels: "Labels", image: Path, *, empty: boo
     import numpy as np
 
     from annotation.edits import follow_gt
-    from annotation.files import is_edited, store_edited
+    from annotation.files import store_edited
     from annotation.instances import gap_mask, number_instances
-    from annotation.records import list_label_files
+    from annotation.records import is_edited, list_label_files
     from image_io import read_mask
 
     before = list_label_files(options.folder, "labels", labels.stem)
@@ -210,7 +210,8 @@ def _is_same(options: "FileOptions", labels: "Labels") -> bool:
 
 def refresh(options: "FileOptions", stem: str, image: Path) -> None:
     """Make overlay, text and record of an image of annotate.py anew from its labels."""
-    from annotation.files import read_record, write_edited
+    from annotation.files import write_edited
+    from annotation.records import read_record
     from image_io import read_image
 
     record = read_record(options, stem) or {}

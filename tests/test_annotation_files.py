@@ -16,19 +16,10 @@ from annotation import encoding, files
 from annotation.coco import decode_segmentation, encode_objects, outlines_of, parse_counts
 from annotation.doubts import count_touching, flags_of, rank_doubts, strangeness
 from annotation.edits import EDITED, follow_gt
-from annotation.files import (
-    FileOptions,
-    digest_file,
-    is_done,
-    is_edited,
-    list_records,
-    read_record,
-    remove_leftovers,
-    write_edited,
-    write_image_files,
-)
+from annotation.files import remove_leftovers, write_edited, write_image_files
 from annotation.instances import gap_mask, number_instances
 from annotation.overlays import overlay, panel
+from annotation.records import FileOptions, digest_file, is_done, is_edited, list_records, read_record
 from annotation.report import write_tables
 from geojson import read_geojson
 from image_headers import ImageError

@@ -16,17 +16,11 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 import cli
-from annotation import decoding, detectors
+from annotation import decoding, detector_options, detectors
 from annotation.boxes import Boxes, no_boxes
 from annotation.decoding import DetectorError, cut_mask, decode, fill_letterbox, fit_size, identify, plan_letterbox
-from annotation.detectors import (
-    DetectorOptions,
-    boxes_to_instances,
-    ellipse_mask,
-    load_detector,
-    options_from,
-    to_rgb8,
-)
+from annotation.detector_options import DetectorOptions
+from annotation.detectors import boxes_to_instances, ellipse_mask, load_detector, to_rgb8
 from image_io import read_image, read_mask
 
 SIZE = (128, 160)
@@ -576,14 +570,14 @@ def test_an_ellipse_lies_in_its_box_and_in_the_picture(seed):
 
 def test_flags_become_options():
     parser = cli.make_parser("test")
-    detectors.add_detector_args(parser)
-    assert options_from(parser.parse_args([])) == DetectorOptions()
+    detector_options.add_detector_args(parser)
+    assert detector_options.detector_options_from(parser.parse_args([])) == DetectorOptions()
     words = (
         "--detector a.onnx --detector-confidence 0.1 --detector-iou 0.7 --detector-classes car 3 --detector-size 640"
     )
     expected = DetectorOptions(Path("a.onnx"), 0.1, 0.7, ("car", "3"), 640)
-    assert options_from(parser.parse_args(words.split())) == expected
-    assert set(detectors.SPACE) <= {action.dest for action in parser._actions}
+    assert detector_options.detector_options_from(parser.parse_args(words.split())) == expected
+    assert set(detector_options.DETECTOR_SPACE) <= {action.dest for action in parser._actions}
 
 
 @pytest.mark.skipif(not (WEIGHTS / "yolox_nano.onnx").is_file(), reason="needs TESSERA_DATA, with weights/ beside it")

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from annotation.files import FileOptions, is_done, is_edited, read_record, write_image_files
+from annotation.files import write_image_files
 from annotation.instances import gap_mask, number_instances
-from annotation.records import hold_folder, list_records
+from annotation.records import FileOptions, hold_folder, is_done, is_edited, list_records, read_record
 from annotation.report import write_tables
 from dataset_utils import import_labels
 from geojson import GeoJsonWriter

@@ -19,12 +19,12 @@ from annotation.coco import encode_objects, outlines_of
 from annotation.edits import EDITED
 from annotation.engine_options import EngineOptions
 from annotation.engines import Engines
-from annotation.files import is_done, is_edited, write_image_files
+from annotation.files import write_image_files
 from annotation.instances import Instances, gap_mask, number_instances, object_rows
 from annotation.large import annotate_large
 from annotation.overlays import overlay
 from annotation.presets import WatershedOptions
-from annotation.records import FileOptions, digest_file, list_label_files, read_record
+from annotation.records import FileOptions, digest_file, is_done, is_edited, list_label_files, read_record
 from annotation.report import write_tables
 from annotation.tiled import TileOptions
 from annotation.tiled_rows import ObjectCounts

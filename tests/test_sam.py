@@ -13,7 +13,7 @@ from torch.nn import functional
 
 import cli
 from annotation.instances import Instances
-from annotation.sam import Sam, SamOptions, add_sam_args, options_from
+from annotation.sam_engine import Sam
 from annotation.sam_masks import (
     Frame,
     Mask,
@@ -24,6 +24,7 @@ from annotation.sam_masks import (
     make_mask,
     resize_logits,
 )
+from annotation.sam_options import SamOptions, add_sam_args, options_from
 
 SIZES = [(300, 500), (1500, 1100), (64, 64)]
 

@@ -11,8 +11,10 @@ import pytest
 import torch
 from sam_standins import build_tiny_segment_anything, build_tiny_transformers
 
-from annotation.sam import PUBLISHED, Sam, SamOptions, build_segment_anything, describe_encoder, load_sam
+from annotation.sam import PUBLISHED, build_segment_anything, describe_encoder, load_sam
+from annotation.sam_engine import Sam
 from annotation.sam_masks import Frame, resize_logits
+from annotation.sam_options import SamOptions
 
 segment_anything = pytest.importorskip("segment_anything")
 pytest.importorskip("transformers")

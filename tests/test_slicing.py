@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cli
-from annotation import detector_options, slicing
+from annotation import detector_options
 from annotation.boxes import Boxes, match_boxes
-from annotation.slicing import SliceOptions, detect_sliced, find_cut, plan_axis, plan_slices, slice_sides
+from annotation.detector_options import SliceOptions
+from annotation.slicing import detect_sliced, find_cut, plan_axis, plan_slices, slice_sides
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -312,14 +313,14 @@ def test_memory_is_that_of_a_few_slices():
 
 def test_flags_become_options():
     parser = cli.make_parser("test")
-    slicing.add_slice_args(parser)
-    assert slicing.options_from(parser.parse_args([])) == SliceOptions()
+    detector_options.add_slice_args(parser)
+    assert detector_options.slice_options_from(parser.parse_args([])) == SliceOptions()
     words = (
         "--slice 0.5 320 --slice-scale 3 --slice-overlap 0.1 --slice-merge greedy_nmm --slice-match iou "
         "--slice-threshold 0.4 --no-slice-whole --box-min-side 4 --box-max-share 0.5"
     )
     expected = SliceOptions((0.5, 320.0), 3.0, 0.1, "greedy_nmm", "iou", 0.4, False, 4.0, 0.5)
-    assert slicing.options_from(parser.parse_args(words.split())) == expected
-    assert set(slicing.SPACE) <= {action.dest for action in parser._actions}
+    assert detector_options.slice_options_from(parser.parse_args(words.split())) == expected
+    assert set(detector_options.SLICE_SPACE) <= {action.dest for action in parser._actions}
     with pytest.raises(argparse.ArgumentTypeError, match=r"0\.95 is out of range.*0 to 0\.9"):
         detector_options._overlap("0.95")
