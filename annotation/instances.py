@@ -120,6 +120,14 @@ def join_runs(labels: np.ndarray, runs: Runs) -> np.ndarray:
     return order[inverse]
 
 
+def number_values(labels: np.ndarray) -> np.ndarray:
+    """A label map (H, W) of any type of number as int32 with the values 1..n, in their order; 0 stays."""
+    runs = find_runs(labels)
+    values, numbers = np.unique(runs.values, return_inverse=True)
+    first = 0 if len(values) and values[0] == 0 else 1
+    return runs.paint((numbers + first).astype(np.int32))
+
+
 def empty_instances(height: int, width: int) -> Instances:
     """No object in a picture of height x width pixels."""
     return Instances(np.zeros((height, width), np.int32), np.zeros(0, np.float32), ())

@@ -12,6 +12,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from annotation.instances import number_values
 from annotation.score_options import ScoreOptions
 from image_io import ImageError, list_images, read_mask, write_text
 from object_metrics import OBJECT_IOUS, ObjectScores, object_scores
@@ -118,12 +119,8 @@ def to_objects(mask: np.ndarray, kind: str = "auto", value: int | None = None) -
         return connected_objects(mask == value)
     if kind == "masks":
         return connected_objects(mask != 0)
-    values, numbers = np.unique(mask, return_inverse=True)
-    has_background = len(values) > 0 and values[0] == 0
-    count = len(values) - has_background
-    if kind == "auto" and count == 1:
-        return connected_objects(mask != 0)
-    return (numbers.reshape(mask.shape) + (0 if has_background else 1)).astype(np.int32)
+    objects = number_values(mask)
+    return connected_objects(mask != 0) if kind == "auto" and objects.max(initial=0) == 1 else objects
 
 
 def connected_objects(mask: np.ndarray) -> np.ndarray:
@@ -336,7 +333,7 @@ def score_files(found: Mapping[str, Path], options: ScoreOptions) -> tuple[Score
     board = ScoreBoard(options.group_pattern)
     for stem in both:
         try:
-            labels = read_mask(found[stem]).astype(np.int64)
+            labels = number_values(read_mask(found[stem]))
             board.add(stem, score_labels(labels, references.read(stem, labels.shape), options.min_area))
         except (OSError, ImageError) as error:
             failures.append(str(error))

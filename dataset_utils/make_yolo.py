@@ -287,7 +287,7 @@ def number_objects(mask: "np.ndarray", rules: Rules) -> tuple["np.ndarray", "np.
     """Objects of a mask as (H, W) int32 labels 1..n, and the class of each, (n + 1,); entry 0 is background."""
     import numpy as np
 
-    from annotation.instances import find_runs, number_instances
+    from annotation.instances import find_runs, number_instances, number_values
 
     if rules.classes:
         table = np.zeros(max(rules.classes) + 1, np.uint8)
@@ -301,11 +301,8 @@ def number_objects(mask: "np.ndarray", rules: Rules) -> tuple["np.ndarray", "np.
         kinds = np.zeros(int(labels.max()) + 1, np.int64)
         kinds[runs.values] = mask.reshape(-1)[runs.places].astype(np.int64) - 1
         return labels, kinds
-    runs = find_runs(mask)
-    values, inverse = np.unique(runs.values, return_inverse=True)
-    first = 0 if len(values) and values[0] == 0 else 1
-    labels = runs.paint((inverse + first).astype(np.int32))
-    return labels, np.zeros(len(values) + first, np.int64)
+    labels = number_values(mask)
+    return labels, np.zeros(int(labels.max(initial=0)) + 1, np.int64)
 
 
 def box_lines(labels: "np.ndarray", kinds: "np.ndarray", min_area: int) -> list[str]:

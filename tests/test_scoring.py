@@ -171,6 +171,15 @@ def test_files_are_compared_and_missing_pairs_named(folders, tmp_path):
     assert lines[0].startswith("image;group;images;f1;") and len(lines) == 4 and lines[-1].startswith("all;;2;1.0000")
 
 
+@pytest.mark.parametrize("values", [(1, 2), (7, 3_000_000_000), (4_294_967_295, 65_536)])
+def test_numbers_of_label_maps_may_be_of_any_size(tmp_path, values):
+    labels = disc_map([(20, 20), (60, 60)])
+    write_mask(tmp_path / "theirs" / "a.tif", np.array([0, *values], np.uint32)[labels])
+    write_mask(tmp_path / "ours.tif", np.array([0, *values[::-1]], np.uint32)[labels])
+    board, failures = score_files({"a": tmp_path / "ours.tif"}, ScoreOptions(tmp_path / "theirs", min_area=5))
+    assert not failures and board.summary()["all"]["f1"] == 1 and board.summary()["all"]["predicted"] == 2
+
+
 def test_files_that_cannot_be_compared_do_not_stop_the_rest(folders):
     ours, theirs = folders
     write_mask(theirs / "b.png", disc_map([(20, 20)], shape=(90, 96)))
