@@ -53,21 +53,33 @@ def _spread_colour(index: int) -> Colour:
     return int(255 * red), int(255 * green), int(255 * blue)
 
 
-def to_display(image: np.ndarray) -> np.ndarray:
+def _shown_channels(image: np.ndarray) -> np.ndarray:
+    image = image[..., None] if image.ndim == 2 else image
+    return image[..., :3] if image.shape[2] >= 3 else image[..., :1]
+
+
+def display_limits(image: np.ndarray) -> tuple[float, float]:
+    """The values of an image that to_display makes 0 and 255: the percentiles 0.5 and 99.5; 8 bit stay unless dark."""
+    shown = _shown_channels(image)
+    thinned = shown[:: max(1, shown.shape[0] // 1000), :: max(1, shown.shape[1] // 1000)].astype(np.float64)
+    finite = thinned[np.isfinite(thinned)]
+    low, high = np.percentile(finite, (0.5, 99.5)) if finite.size else (0.0, 0.0)
+    return (0.0, 255.0) if image.dtype == np.uint8 and high >= 64 else (low, high)
+
+
+def to_display(image: np.ndarray, limits: tuple[float, float] | None = None) -> np.ndarray:
     """Show any image as RGB: the first three channels or the first one, stretched unless it is ordinary 8 bit.
 
     Args:
         image: (H, W) or (H, W, C), any type and range; NaN and infinite values are shown black.
+        limits: display_limits of the whole of which this is a part; None: of this image.
 
     Returns:
-        (H, W, 3) uint8. The stretch maps the percentiles 0.5 and 99.5, over all shown channels together, to 0 and 255.
+        (H, W, 3) uint8. The stretch is the same for all shown channels.
     """
-    image = image[..., None] if image.ndim == 2 else image
-    shown = image[..., :3] if image.shape[2] >= 3 else image[..., :1]
-    thinned = shown[:: max(1, shown.shape[0] // 1000), :: max(1, shown.shape[1] // 1000)].astype(np.float64)
-    finite = thinned[np.isfinite(thinned)]
-    low, high = np.percentile(finite, (0.5, 99.5)) if finite.size else (0.0, 0.0)
-    if image.dtype != np.uint8 or high < 64:
+    shown = _shown_channels(image)
+    low, high = limits or display_limits(image)
+    if image.dtype != np.uint8 or (low, high) != (0, 255):
         scale = 255 / (high - low) if high > low else 0.0
         values = np.nan_to_num(shown.astype(np.float32), nan=low, posinf=low, neginf=low)
         shown = np.clip((values - low) * scale, 0, 255)

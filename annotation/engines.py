@@ -28,7 +28,8 @@ class Engines:
         self._detector: Any = None
         self._sam: Any = None
         self._trained: Any = None
-        self._limits: tuple[float, float] | None = None  # see fixed
+        self._limits: tuple[float, float] | None = None  # of what detectors are shown, see fixed
+        self._sam_limits: tuple[float, float] | None = None
         if "yolo" in options.parts:
             self._detector = detectors.load_detector(options.detector, options.device)
             if self._detector.note:
@@ -50,13 +51,14 @@ class Engines:
     def changed(self, options: EngineOptions) -> "Engines":
         """The same networks, which are not loaded again, with other settings."""
         other = object.__new__(Engines)
-        other.options, other.notes, other._limits = options, self.notes, self._limits
+        other.options, other.notes = options, self.notes
+        other._limits, other._sam_limits = self._limits, self._sam_limits
         other._detector = self._detector and self._detector.changed(options.detector)
         other._sam, other._trained = self._sam, self._trained
         if self._sam is not None:
             from annotation.sam_engine import Sam
 
-            other._sam = Sam(self._sam.network, options.sam)
+            other._sam = Sam(self._sam.network, options.sam, self._sam_limits)
         if self._trained is not None:
             other._trained = self._trained.with_options(options.trained)
         return other
@@ -68,9 +70,11 @@ class Engines:
             from annotation.watershed import choose_options
 
             options = replace(options, watershed=choose_options(sample, options.watershed))
+        from plots import display_limits
+
         other = self.changed(options)
-        other._limits = detectors.display_range(sample)
-        return other
+        other._limits, other._sam_limits = detectors.display_range(sample), display_limits(sample)
+        return other.changed(options)
 
     def find(self, image: np.ndarray, cache: Cache | None = None) -> tuple[Instances, dict[str, Instances]]:
         """The objects of an image (H, W, C), RGB then extras, and those of each engine.

@@ -148,10 +148,16 @@ class EmbeddingCache:
 
 
 class Sam:
-    """SAM with its settings. Pictures may have any size, number of channels and type (see plots.to_display)."""
+    """SAM with its settings. Pictures may have any size, number of channels and type (see plots.to_display).
 
-    def __init__(self, network: Network, options: SamOptions | None = None) -> None:
-        self.network, self.options = network, options or SamOptions()
+    Attributes:
+        limits: display_limits of the whole whose parts are the pictures; None: each picture has its own.
+    """
+
+    def __init__(
+        self, network: Network, options: SamOptions | None = None, limits: tuple[float, float] | None = None
+    ) -> None:
+        self.network, self.options, self.limits = network, options or SamOptions(), limits
         folder = self.options.cache or cache_dir() / "sam"
         self.cache = EmbeddingCache(folder, self.options.cache_gb) if self.options.cache_gb else None
         self._last: tuple[str, list[np.ndarray]] | None = None
@@ -211,7 +217,7 @@ class Sam:
     def find_everything(self, image: np.ndarray) -> list[Mask]:
         """Masks that may overlap by less than duplicates do; see segment_everything."""
         height, width = image.shape[:2]
-        picture = to_display(image)
+        picture = to_display(image, self.limits)
         found: list[Mask] = []
         for window in list_windows(height, width, self.options.window):
             encoding = self._encode(picture, window)
@@ -223,7 +229,7 @@ class Sam:
 
     def encode(self, image: np.ndarray) -> Encoding:
         """Encode a whole picture (H, W, C), or take its features from the cache."""
-        return self._encode(to_display(image), (0, 0, image.shape[1], image.shape[0]))
+        return self._encode(to_display(image, self.limits), (0, 0, image.shape[1], image.shape[0]))
 
     def _encode(self, picture: np.ndarray, window: Box) -> Encoding:
         """Features of a window of an RGB picture (H, W, 3) uint8, always rounded to 16 bit: kept or not, the same."""
@@ -276,7 +282,7 @@ class Sam:
         if not len(places):
             return []
         height, width = image.shape[:2]
-        picture = to_display(image)
+        picture = to_display(image, self.limits)
         windows = list_windows(height, width, self.options.window)
         owners = choose_windows(around, windows, height, width)
         found: list[Mask] = []

@@ -13,9 +13,11 @@ from annotation.detector_options import DetectorOptions
 from annotation.engine_options import EngineOptions
 from annotation.engines import Engines
 from annotation.merge_options import MergeOptions
+from annotation.sam_engine import Sam
 from annotation.sam_options import SamOptions
 from annotation.slicing import SliceOptions
 from annotation.trained_options import TrainedOptions
+from plots import to_display
 
 
 class Looks:
@@ -54,6 +56,21 @@ def test_windows_of_a_deep_picture_are_stretched_alike(looks):
     fixed.changed(yolo(slices=SliceOptions(sizes=(0.0,)))).find(picture[:, 60:])
     assert looks.seen[0].std() < 2  # the dark window stays dark
     np.testing.assert_array_equal(looks.seen[0], detectors.to_rgb8(picture[:, 60:], detectors.display_range(picture)))
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_windows_are_shown_to_sam_alike(deep):
+    picture = np.full((60, 120, 3), 9, np.uint8)
+    picture[:, :60] = 200
+    picture[::2, 60:] = 12  # hardly to be seen, unless the window is stretched by itself
+    picture = picture * np.uint16(200) if deep else picture
+    whole = Engines(EngineOptions(("watershed",)))
+    whole._sam, seen = Sam(None, SamOptions(cache_gb=0)), []
+    fixed = whole.fixed(picture).changed(whole.options)
+    fixed._sam._encode = lambda shown, window: seen.append(shown)
+    fixed._sam.encode(picture[:, 60:])
+    np.testing.assert_array_equal(seen[0], to_display(picture)[:, 60:])
+    assert not np.array_equal(seen[0], to_display(picture[:, 60:]))
 
 
 def test_boxes_are_kept_while_the_settings_of_the_detector_stay(looks):
