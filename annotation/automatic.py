@@ -1,6 +1,6 @@
 """Choose the watershed engine's options from a picture, and bring the picture to bright objects on a range from 0."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import cv2
 import numpy as np
@@ -15,6 +15,7 @@ SAMPLE_SIDE = 512  # of the windows that a large picture is judged by
 SAMPLE_PIXELS = 9 * SAMPLE_SIDE**2
 CHANNELS = ("red", "green", "blue")
 RIM_HOLES = 0.1  # share of the filled mask: what encloses more is a network, not objects
+WIDE = 0.6  # share of the mask in areas of three sizes across and more: what is measured lies within them
 CROWDED = 0.35  # share of the picture above the threshold
 BLUR = 0.05  # sigmas and the width of the opening, as shares of the size
 SMOOTH = 0.05
@@ -106,7 +107,7 @@ def prepare(
 ) -> tuple[np.ndarray | None, WatershedOptions]:
     """The picture as bright objects on a range from 0, None where nothing is to be seen, and the resolved options."""
     sample = _sample(image)
-    automatic = options.preset == "auto"
+    automatic, asked = options.preset == "auto", options
     known = with_preset(options, "nuclei" if automatic else options.preset)
     channel = known.channel or _choose_channel(sample)
     values = plain = _to_channel(sample, channel)
@@ -124,6 +125,8 @@ def prepare(
     options = _choose_range(values, options)
     stretched = _stretch(values, options)
     options = _choose_level(stretched, options)
+    if automatic and options.preset == "nuclei" and options.objects == "dark" and _are_within(stretched, options):
+        options = _fill_in(with_preset(asked, "cytology"), options)
     if options.ground is None:
         options = replace(options, ground=_find_ground(stretched, options.level))
     area = np.pi / 4 * options.size**2
@@ -163,6 +166,19 @@ def _choose_preset(values: np.ndarray, sample: np.ndarray) -> str:
     if network:
         return "bubbles"
     return "froth" if coloured and mask.mean() > CROWDED else "fluorescence"
+
+
+def _are_within(values: np.ndarray, options: WatershedOptions) -> bool:
+    """Whether objects lie within larger ones, as nuclei in cells do: most of the mask is in areas of several sizes."""
+    mask = (values > options.level).view(np.uint8)
+    areas = cv2.connectedComponentsWithStats(mask, connectivity=4)[2][1:, cv2.CC_STAT_AREA]
+    return bool(areas[areas > np.pi / 4 * (3 * options.size) ** 2].sum() > WIDE * areas.sum())
+
+
+def _fill_in(options: WatershedOptions, known: WatershedOptions) -> WatershedOptions:
+    """The options, and what is known where they are still automatic."""
+    missing = [one.name for one in fields(options) if getattr(options, one.name) is None]
+    return replace(options, **{name: getattr(known, name) for name in missing})
 
 
 def _hole_share(mask: np.ndarray) -> float:

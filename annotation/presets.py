@@ -7,7 +7,18 @@ from typing import Any, Literal
 
 import cli
 
-PRESET_NAMES = ("auto", "bubbles", "nuclei", "grains", "froth", "fluorescence", "histology", "ctci", "ctci-code")
+PRESET_NAMES = (
+    "auto",
+    "bubbles",
+    "nuclei",
+    "grains",
+    "froth",
+    "fluorescence",
+    "histology",
+    "cytology",
+    "ctci",
+    "ctci-code",
+)
 
 
 def _sigmas(text: str) -> tuple[float, ...]:
@@ -87,6 +98,7 @@ class WatershedOptions:
     grow: int = _flag("grow objects by N pixels", cli.natural, "N")
     # rules
     contrast: float = _flag("drop what rises over its surroundings by less of its height", cli.share)
+    ellipse: float = _flag("and by so much more times the share that is missing to an ellipse", cli.not_negative)
     around: float = _flag("share of the surroundings that it has to rise over", cli.share)
     min_area: int = _flag("drop objects of fewer pixels", cli.natural, "N")
     max_area: int = _flag("drop objects of more pixels", cli.positive_int, "N")
@@ -129,6 +141,7 @@ _BASE = WatershedOptions(
     extent=0.4,
     grow=0,
     contrast=0.3,
+    ellipse=0.0,
     border="keep",
 )
 # The predecessor's chain with its README's numbers, each stage done as it was meant: logarithms are not cut at 1e-5,
@@ -190,7 +203,9 @@ PRESETS: dict[str, WatershedOptions] = {
         contrast=0.4,
     ),
     "fluorescence": replace(_BASE, objects="bright"),
-    "histology": replace(_BASE, objects="dark", gamma=0.7, local=1.1, around=0.9),
+    "histology": replace(_BASE, objects="dark", gamma=0.7, local=1.0, around=0.9, core=0.6, extent=0.5),
+    # nuclei within cells: half of their height is cytoplasm, whose shades rise a little too, but only nuclei are round
+    "cytology": replace(_BASE, objects="dark", local=0.9, core=0.75, extent=0.65, contrast=0.2, ellipse=3.0),
     "ctci": _CTCI,
     "ctci-code": replace(_CTCI, retinex=(50.0,), bilateral=9, reconstruct=5, blur=2.0, spacing=10),
 }

@@ -206,8 +206,9 @@ def _judge(found: Instances, values: np.ndarray, mask: np.ndarray, options: Wate
         foot = _quantiles(found.labels[inside], values[inside], count, 0.05)
         peak = _quantiles(found.labels[inside], values[inside], count, 0.95)
         contrast = np.where(hidden, (peak - foot) / np.maximum(peak, FAINT), contrast)
-    kept = (contrast >= options.contrast)[1:]
-    scores = (contrast[1:] * _ellipse_fits(found.labels, count - 1) ** SHAPE).astype(np.float32)
+    contrast, fits = contrast[1:], _ellipse_fits(found.labels, count - 1)
+    kept = contrast >= options.contrast + options.ellipse * (1 - fits)
+    scores = (contrast * fits**SHAPE).astype(np.float32)
     return select_instances(Instances(found.labels, scores, found.engines), kept)
 
 

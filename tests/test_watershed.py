@@ -119,6 +119,25 @@ def test_stained_nuclei_are_found_in_their_channel():
     assert f1(segment(picture), labels) == 1
 
 
+def test_nuclei_are_found_within_grey_cells():
+    picture, labels = np.full((240, 320), 230.0), np.zeros((240, 320), np.int32)
+    rng = np.random.default_rng(0)
+    picture[30:210, 30:230] = 160  # a sheet of cells
+    centres = [(y, x) for y in (60, 120, 180) for x in (60, 107, 154, 200)]
+    for number, (y, x) in enumerate(centres, start=1):
+        labels[(ROWS - y) ** 2 + (COLUMNS - x) ** 2 <= 7**2] = number
+    picture[labels > 0] = 50
+    picture = cv2.GaussianBlur(picture, (0, 0), 1.0) + rng.normal(0, 3, picture.shape)
+    image = as_uint8(np.clip(picture, 0, 255))
+    options = choose_options(image)
+    assert options.preset == "cytology"
+    found = segment(image)
+    assert f1(found, labels) == 1
+    assert np.array_equal(segment(image, options).labels, found.labels)
+    assert choose_options(image, WatershedOptions(core=0.5)).core == 0.5
+    assert choose_options(as_uint8(255 - draw(GRID)[0])).preset == "nuclei"
+
+
 def test_grains_are_told_from_the_gaps_between_them():
     rng = np.random.default_rng(0)
     picture = np.full((240, 320), 40.0)
