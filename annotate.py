@@ -190,7 +190,7 @@ def annotate_found(
         return failures
     write_results(args, argv, files, records, stems)
     print(summary_of(records))
-    failures += finish_videos(videos, files, args)
+    failures += finish_videos(videos, files, records, args)
     against = score_options.options_from(args)
     if against.folder:
         failures += print_scores(files, against, [record["stem"] for record in records])
@@ -543,15 +543,17 @@ def print_scores(files: "FileOptions", options: Any, stems: Sequence[str]) -> li
     return failures
 
 
-def finish_videos(videos: Sequence[Path], files: "FileOptions", args: argparse.Namespace) -> list[str]:
+def finish_videos(
+    videos: Sequence[Path], files: "FileOptions", records: Sequence[Mapping[str, Any]], args: argparse.Namespace
+) -> list[str]:
     """Counts and sizes over time, and a video of the overlays, for each video; return what could not be written."""
     if not videos:
         return []
-    from annotation.records import list_records, read_record
+    from annotation.records import read_record
     from annotation.video import VideoError, frame_rows, list_frames, play_rate, write_time_tables, write_video
     from image_io import file_stem, read_image
 
-    stems = {record["stem"] for record in list_records(files)}  # those of videos annotated earlier too
+    stems = {record["stem"] for record in records}
     frames = [row for row in list_frames(files.folder / "frames") if file_stem(Path(row["file"])) in stems]
 
     def objects() -> Iterator[dict[str, Any]]:

@@ -1010,13 +1010,6 @@ def test_a_video_gives_frames_counts_over_time_and_a_video(tmp_path, capsys):
     }
 
 
-def test_tables_over_time_keep_the_videos_before(tmp_path):
-    for name in ("froth", "foam"):
-        go("--images", write_clip(tmp_path / f"{name}.mp4", 2), "-o", "out")
-    videos = [row["video"] for row in rows_of(Path("out/over_time.csv"))]
-    assert videos == ["foam.mp4"] * 2 + ["froth.mp4"] * 2
-
-
 def test_videos_beside_pictures_and_bad_ones(tmp_path, pictures, capsys):
     write_clip(pictures / "a.mp4", 4)
     write_clip(tmp_path / "b.mp4", 2)
