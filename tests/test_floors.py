@@ -39,8 +39,10 @@ FLOORS = (
         "weights",
     },
     {"onnx_export"},
+    {"export_graph", "quantisation"},
+    {"torchscript"},
     {"backends", "classes", "geojson", "outputs", "pictures", "result_record", "tissue"},
-    {"facts", "slide_masks"},
+    {"export_proof", "facts", "slide_masks"},
     {"slide_windows"},
     {"slide_index"},
     {"dataset", "results", "slide_scan"},
@@ -48,8 +50,8 @@ FLOORS = (
     {"normalisation"},
     {"predictor"},
     {"annotation", "slide_scoring"},
-    {"trainer"},
-    {"baselines"},
+    {"trainer", "video_prediction"},
+    {"baselines", "export_measure"},
     {"annotate", "export_onnx", "predict", "pretrain", "train", "validate", "dataset_utils", "benchmarks"},
 )
 COMMANDS = FLOORS[-1]
@@ -62,8 +64,8 @@ HEAVY = {
     "segmentation_models_pytorch": {"model.py"},
     "timm": {"model.py"},
     "accelerate": {"trainer.py"},
-    "onnx": {"onnx_export.py", "export_onnx.py"},
-    "onnxruntime": {"onnx_export.py", "export_onnx.py"},
+    "onnx": {"onnx_export.py", "export_graph.py", "export_onnx.py", "quantisation.py"},
+    "onnxruntime": {"onnx_export.py", "export_onnx.py", "quantisation.py"},
     "transformers": {"annotation/sam.py"},
     "ultralytics": {"annotation/detectors.py"},
 }
