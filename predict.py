@@ -1,9 +1,10 @@
-"""Predict images and slides of any size: masks, probabilities, overlays, label maps, polygons, run lengths.
+"""Predict images, slides and videos of any size: masks, probabilities, overlays, label maps, polygons, run lengths.
 
 Examples:
     python predict.py -cd logs/myrun -i picture.png
     python predict.py -cd logs/myrun -dir slides --mpp 0.5 --tissue saturation --save mask,geojson
     python predict.py -cd logs/myrun -i slide.svs --dry-run
+    python predict.py -cd logs/myrun -i film.mp4 --fps 5 --save mask,video
 
 An image is read window by window and leaves row band by row band, so its height does not matter; what the network sees
 is what it saw in training (statistics, scale, tile). A run that was killed goes on inside the slide. Files that cannot
@@ -16,7 +17,7 @@ import json
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,16 +33,22 @@ if TYPE_CHECKING:
     from pairing import Pair
     from predictor import Picture, Plan, ReadOptions, TileOptions
     from results import Frame, ResultOptions, Results
+    from video_prediction import Clip, VideoSetup
 
 TISSUE_RULES = ("saturation", "otsu")
 ENOUGH_MEGAPIXELS = 2000.0  # no network predicts that much on a CPU before a faster one is prepared
-INTERRUPTED = "the same command goes on where it stopped; a picture whose results become PNG begins anew"
+INTERRUPTED = (
+    "the same command goes on where it stopped; a picture whose results become PNG begins anew, so does --save video"
+)
 KINDS = ("mask", "prob", "overlay", "labels", "geojson", "rle")
+MOVING = ("video", "gif")  # of videos alone: all frames together
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Flags of predict.py."""
-    parser = cli.make_parser("Predict images and slides of any size: masks, probabilities, overlays, polygons.")
+    from annotation.frame_options import add_frame_args
+
+    parser = cli.make_parser("Predict images, slides and videos of any size: masks, overlays, polygons.")
     cli.add_checkpoint_args(parser, several=True)
     cli.add_threshold_args(parser)
     cli.add_run_args(parser, batch=None, predicts=True)
@@ -51,7 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_image_args(parser)
     add_scale_args(parser)
     cli.add_tile_args(parser)
-    cli.add_result_args(parser, kinds=KINDS)
+    cli.add_result_args(parser, kinds=(*KINDS, *MOVING))
+    add_frame_args(parser)
     add_other_args(parser)
     return parser
 
@@ -59,7 +67,9 @@ def build_parser() -> argparse.ArgumentParser:
 def add_image_args(parser: argparse.ArgumentParser) -> None:
     """Add where the images are."""
     group = parser.add_argument_group("images").add_mutually_exclusive_group(required=True)
-    group.add_argument("-i", "--img-path", nargs="+", metavar="PATH", help="image files, folders or globs")
+    group.add_argument(
+        "-i", "--img-path", nargs="+", metavar="PATH", help="images, videos, folders or globs; a number is a camera"
+    )
     group.add_argument("-dir", "--data-dir", nargs="+", metavar="PATH", help="the same: folders, files or globs")
     group.add_argument(
         "-d", "--dataset-dir", type=Path, metavar="DIR", help="folder with images/ and the folders of extra channels"
@@ -85,6 +95,12 @@ def add_other_args(parser: argparse.ArgumentParser) -> None:
     """Add what belongs to this command alone."""
     group = parser.add_argument_group("before and beside")
     cli.add_switch(group, "--dry-run", help="say what would be done: windows, memory, disk, expected time")
+    group.add_argument(
+        "--max-frames",
+        type=cli.positive_int,
+        metavar="N",
+        help="take N frames of each video; a camera ends with Ctrl-C",
+    )
     group.add_argument(
         "--thumbnails", type=cli.natural, default=8, metavar="N", help="pictures with overlays in TensorBoard"
     )
@@ -134,19 +150,23 @@ def run(args: argparse.Namespace) -> list[str]:
     paths = find_checkpoints(args)
     configs = [load_config(path) for path in paths]
     check_ensemble(paths, configs)
-    pairs, failures = find_pairs(args, configs[0])
-    setup = build_setup(args, paths, configs, pairs)
+    pairs, clips, failures = find_inputs(args, configs[0])
+    setup = build_setup(args, paths, configs, [*(pair.image for pair in pairs), *(clip.path for clip in clips)])
+    videos = build_videos(setup, args, pairs, clips)
     if args.dry_run:
-        return failures + estimate(setup, load_engine(setup, args, paths, pairs, device), pairs)
-    done = finished_before(setup, pairs, overwrite=args.overwrite)
+        engine = load_engine(setup, args, paths, lambda: sum_megapixels(setup, pairs, videos, clips), device)
+        return failures + estimate(setup, engine, pairs, videos, clips)
+    done, digests = finished_before(setup, pairs, videos, clips, overwrite=args.overwrite)
     for name in sorted(done):
         print(f"{name}: already done")
     made, left = 0, [pair for pair in pairs if pair.name not in done]
-    if left:
-        engine = load_engine(setup, args, paths, left, device)
+    waiting = [clip for clip in clips if clip.name not in done]
+    if left or waiting:
+        engine = load_engine(setup, args, paths, lambda: sum_megapixels(setup, left, videos, waiting), device)
         write_description(setup.results.folder, configs[0], setup.results.threshold)
         made, failed = predict_all(setup, engine, left, args)
-        failures += failed
+        more, worse = predict_clips(replace(videos, forward=engine.forward, engine=engine.name), waiting, digests)
+        made, failures = made + more, failures + failed + worse
     if done or made:
         if "rle" in args.save:
             merge_run_lengths(setup.results.folder)
@@ -181,42 +201,40 @@ def check_ensemble(paths: Sequence[Path], configs: Sequence["ModelConfig"]) -> N
                 )
 
 
-def find_pairs(args: argparse.Namespace, config: "ModelConfig") -> tuple[list["Pair"], list[str]]:
-    """The images of the flags, with their extra channels, and what is missing; names are those of the results.
+def find_inputs(args: argparse.Namespace, config: "ModelConfig") -> tuple[list["Pair"], list["Clip"], list[str]]:
+    """The images of the flags, with their extra channels, the videos, and what is missing; names are of the results.
 
     Raises:
-        cli.UsageError: no image, two of one name, or extra channels without -d.
+        cli.UsageError: nothing to predict, two of one name, or extra channels without -d.
     """
+    from annotation.video import VIDEO_SUFFIXES
     from image_io import file_stem
     from pairing import Pair
     from pictures import list_pictures
     from predictor import pair_channels
+    from video_prediction import Clip, check_names, find_clips
 
-    failures: list[str] = []
+    failures, clips = list[str](), list[Clip]()
     if args.dataset_dir:
         pairs, failures = pair_channels(args.dataset_dir, config.add_dirs)
     elif config.add_dirs:
         folders = " ".join(config.add_dirs)
         raise cli.UsageError(f"the network also takes the channels {folders}: give -d DIR with images/ and {folders}")
     else:
-        words = args.img_path or args.data_dir
-        pairs = [Pair(file_stem(path), path) for path in list_pictures(words)]
-    if not pairs:
+        clips, words = find_clips(args.img_path or args.data_dir)
+        found = list_pictures(words, VIDEO_SUFFIXES)
+        videos = [path for path in found if path.suffix.lower() in VIDEO_SUFFIXES]
+        clips += [Clip(file_stem(path), path) for path in videos]
+        pairs = [Pair(file_stem(path), path) for path in found if path not in set(videos)]
+    if not pairs and not clips:
         listed = "\n".join(f"  - {message}" for message in failures)
         raise cli.UsageError(f"{args.dataset_dir} holds no image with all its channels\n{listed}".rstrip())
-    names: dict[str, Path] = {}
-    for pair in pairs:
-        if pair.name in names:
-            raise cli.UsageError(
-                f"{names[pair.name]} and {pair.image} would both write results named {pair.name!r}; "
-                "rename one, or predict them into two folders"
-            )
-        names[pair.name] = pair.image
-    return pairs, failures
+    check_names(pairs, clips)
+    return pairs, clips, failures
 
 
 def build_setup(
-    args: argparse.Namespace, paths: Sequence[Path], configs: list["ModelConfig"], pairs: Sequence["Pair"]
+    args: argparse.Namespace, paths: Sequence[Path], configs: list["ModelConfig"], inputs: Sequence[Path]
 ) -> Setup:
     """Turn flags into options; says what they change about the way of the checkpoint."""
     from predictor import ReadOptions, TileOptions, geometry_from_flags
@@ -234,9 +252,10 @@ def build_setup(
     configs = [replace(each, geometry=geometry) for each in configs]
     batch = args.batch or min(each.tile_batch for each in configs)
     tiles = replace(TileOptions.from_config(configs[0]), batch=batch, tissue=args.tissue, ahead=args.workers)
-    folder = args.output_dir or default_output(paths[0], pairs, threshold)
+    folder = args.output_dir or default_output(paths[0], inputs[0], threshold)
     read = ReadOptions(args.reduce, args.level, args.mpp, args.max_decoded_gb, args.fill)
-    results = ResultOptions(folder, args.save, args.format, threshold, filters_of(args), args.decimal, args.geo)
+    kinds = tuple(kind for kind in args.save if kind in KINDS)
+    results = ResultOptions(folder, kinds, args.format, threshold, filters_of(args), args.decimal, args.geo)
     choices = [
         asdict(read),
         asdict(replace(tiles, ahead=0)),
@@ -251,10 +270,28 @@ def build_setup(
     return Setup(configs, read, tiles, results, args.full_size, digest)
 
 
+def build_videos(
+    setup: Setup, args: argparse.Namespace, pairs: Sequence["Pair"], clips: Sequence["Clip"]
+) -> "VideoSetup":
+    """How videos are predicted; refuses flags that say nothing about what there is."""
+    from annotation.frame_options import FrameOptions
+    from result_record import TABLE
+    from video_prediction import VideoSetup, check_flags
+
+    check_flags(args, images=bool(pairs), videos=bool(clips))
+    results = replace(setup.results, form="png")
+    frames = FrameOptions(args.step, args.fps, args.skip_similar)
+    reduce = setup.read.reduce or setup.configs[0].geometry.reduction
+    kinds, tiles = (*args.save, TABLE), replace(setup.tiles, tissue="")
+    return VideoSetup(
+        setup.configs, tiles, results, kinds, frames, args.max_frames, reduce, setup.full_size, setup.digest
+    )
+
+
 def load_engine(
-    setup: Setup, args: argparse.Namespace, paths: Sequence[Path], pairs: Sequence["Pair"], device: str
+    setup: Setup, args: argparse.Namespace, paths: Sequence[Path], megapixels: Callable[[], float], device: str
 ) -> Engine:
-    """Load the networks for these images; says which checkpoint, backend and device work."""
+    """Load the networks for so much work; says which checkpoint, backend and device work."""
     from backends import load_forward
     from predictor import mean_of
 
@@ -262,7 +299,7 @@ def load_engine(
     if backend != "torch" and args.dry_run:  # an export is a file: it is used when it exists, and not made
         backend = "auto"
     elif backend == "auto" and device == "cpu":
-        work = sum_megapixels(setup, pairs)
+        work = megapixels()
     amp = "no" if device == "cpu" else args.amp
     forwards, names = [], [amp]
     for path in paths:
@@ -273,14 +310,16 @@ def load_engine(
     return Engine(mean_of(forwards, len(setup.configs[0].channels)), " ".join(names))
 
 
-def sum_megapixels(setup: Setup, pairs: Sequence["Pair"]) -> float:
+def sum_megapixels(setup: Setup, pairs: Sequence["Pair"], videos: "VideoSetup", clips: Sequence["Clip"]) -> float:
     """What a network will see, to tell whether preparing a faster one pays; no more of it than tells."""
+    from video_prediction import sum_clips
+
     total = 0.0
     for pair in pairs:
         total += pixels_seen(setup, pair) / 1e6
         if total > ENOUGH_MEGAPIXELS:
-            break
-    return total
+            return total
+    return total + sum_clips(videos, clips)
 
 
 def pixels_seen(setup: Setup, pair: "Pair") -> float:
@@ -311,9 +350,9 @@ def pixels_seen(setup: Setup, pair: "Pair") -> float:
     return plan.tiles * plan.rows.tile * plan.cols.tile * len(TTA[options.tta])
 
 
-def default_output(path: Path, pairs: Sequence["Pair"], threshold: float) -> Path:
-    """<checkpoint's folder>/<parent>_<folder>_thres_<t> of the first image, from resolved paths."""
-    folder = pairs[0].image.resolve().parent
+def default_output(path: Path, first: Path, threshold: float) -> Path:
+    """<checkpoint's folder>/<parent>_<folder>_thres_<t> of the first input, from resolved paths."""
+    folder = first.resolve().parent
     return path.resolve().parent / f"{folder.parent.name}_{folder.name}_thres_{threshold:g}"
 
 
@@ -330,21 +369,26 @@ def picture_digest(setup: Setup, pair: "Pair") -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def finished_before(setup: Setup, pairs: Sequence["Pair"], *, overwrite: bool) -> set[str]:
-    """Names of images whose results are there, made with the same flags from the same files.
+def finished_before(
+    setup: Setup, pairs: Sequence["Pair"], videos: "VideoSetup", clips: Sequence["Clip"], *, overwrite: bool
+) -> tuple[set[str], dict[str, str]]:
+    """Names of inputs whose results are there, made with the same flags from the same files; digests of the videos.
 
     Raises:
         FileExistsError: results of other flags, or of something else, are in the way.
     """
     from result_record import find_done
     from results import working_folder
+    from video_prediction import clip_digest
 
     folder = setup.results.folder
     digests = {pair.name: picture_digest(setup, pair) if pair.image.is_file() else None for pair in pairs}
+    moving = {clip.name: clip_digest(videos, clip) for clip in clips}
     done = find_done(folder, digests, setup.results.kinds, overwrite=overwrite, report=print)
+    done |= find_done(folder, moving, videos.kinds, overwrite=overwrite, report=print)
     for name in done:  # of a run that was killed between its last two steps
         shutil.rmtree(working_folder(folder, name), ignore_errors=True)
-    return done
+    return done, moving
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -359,8 +403,6 @@ def predict_all(
     Returns:
         Number of images that have results, and what went wrong with these and others.
     """
-    from spool import FULL
-
     made, failures = 0, list[str]()
     writer: Any = None  # of TensorBoard; opened for the first picture, so that no empty run is left
     with ExitStack() as stack:
@@ -375,14 +417,36 @@ def predict_all(
                     writer = writer or stack.enter_context(open_writer(args, setup.results.folder))
                     writer.add_image(f"predict/{pair.name}", shrink_panel(panel), dataformats="HWC")
             except (OSError, ValueError, RuntimeError) as error:
-                if isinstance(error, OSError) and error.errno in FULL:
-                    raise disk_full(error) from error
-                text = cli.plain_message(error)
-                failures.append(text if str(pair.image) in text else f"{pair.image}: {text}")
-                print(f"{pair.name}: failed")
+                failures.append(tell_failure(error, pair.name, pair.image))
     if writer:
         print(f"tensorboard --logdir {shlex.quote(str(args.log_dir))}")
     return made, failures
+
+
+def predict_clips(videos: "VideoSetup", clips: Sequence["Clip"], digests: Mapping[str, str]) -> tuple[int, list[str]]:
+    """Predict video after video; see predict_all."""
+    from video_prediction import predict_video
+
+    made, failures = 0, list[str]()
+    for clip in clips:
+        try:
+            told, damage = predict_video(videos, clip, digests[clip.name])
+            made, failures = made + 1, failures + damage
+            print(f"{clip.name}: {told}")
+        except (OSError, ValueError, RuntimeError) as error:
+            failures.append(tell_failure(error, clip.name, clip.path))
+    return made, failures
+
+
+def tell_failure(error: Exception, name: str, path: Path) -> str:
+    """What went wrong with an input, for the end of the run, which a full disk brings at once."""
+    from spool import FULL
+
+    if isinstance(error, OSError) and error.errno in FULL:
+        raise disk_full(error) from error
+    print(f"{name}: failed")
+    text = cli.plain_message(error)
+    return text if str(path) in text else f"{path}: {text}"
 
 
 def disk_full(error: OSError) -> OSError:
@@ -411,7 +475,7 @@ def predict_one(
     """
     from predictor import Picture, plan_picture, thumbnail
     from result_record import begin_record, end_record
-    from results import Results
+    from results import Results, check_disk
 
     digest, begin = picture_digest(setup, pair), time.perf_counter()
     folder, kinds = setup.results.folder, setup.results.kinds
@@ -425,7 +489,7 @@ def predict_one(
         frame = frame_of(pair.name, picture, plan)
         if "rle" in kinds and frame.scale != 1:
             print(f"warning: {pair.name}: run lengths are on the grid read, not the slide's own pixels (--full-size)")
-        check_disk(frame, setup)
+        check_disk(frame, setup.configs[0], setup.results)
         with Results(frame, setup.configs[0], setup.results, f"{digest} {engine.name}") as results:
             begin_record(folder, pair.name, digest, kinds, {"scale": frame.scale, "mpp": frame.mpp})
             megapixel = fill_rows(setup, engine, picture, plan, results)
@@ -502,35 +566,15 @@ def progress(name: str, picture: "Picture", rows_done: int) -> Iterator[Callable
 # Before a long run
 
 
-def check_disk(frame: "Frame", setup: Setup) -> None:
-    """Refuse to begin what the disk cannot hold.
+def estimate(
+    setup: Setup, engine: Engine, pairs: Sequence["Pair"], videos: "VideoSetup", clips: Sequence["Clip"]
+) -> list[str]:
+    """Print windows, memory, disk and expected time of every input, and predict nothing."""
+    from predictor import Picture, memory_needed, plan_picture, tile_seconds
+    from results import disk_needed, existing_parent
+    from video_prediction import measure_clip
 
-    Raises:
-        OSError: ENOSPC with what is needed and what is there.
-    """
-    import errno
-
-    from results import disk_needed, working_folder
-
-    folder = setup.results.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    needed, free = disk_needed(frame, setup.configs[0], setup.results)[0], shutil.disk_usage(folder).free
-    needed -= sum(path.stat().st_size for path in working_folder(folder, frame.name).glob("*/*"))
-    if needed > free:
-        raise OSError(
-            errno.ENOSPC,
-            f"about {needed / 1e6:,.1f} MB are needed for {frame.name}, {free / 1e6:,.1f} MB are free; make room, "
-            "save less (--save), or give a folder on another disk (-o)",
-            str(folder),
-        )
-
-
-def estimate(setup: Setup, engine: Engine, pairs: Sequence["Pair"]) -> list[str]:
-    """Print windows, memory, disk and expected time of every image, and predict nothing."""
-    from predictor import Picture, memory_needed, plan_picture
-    from results import disk_needed
-
-    failures, seconds, total = [], tile_seconds(setup, engine), 0.0
+    failures, seconds, total = [], tile_seconds(setup.configs, setup.tiles, engine.forward), 0.0
     print(f"{'image':30} {'pixels':>15} {'windows':>9} {'memory':>9} {'disk':>9} {'at most':>9} {'time':>9}")
     for pair in pairs:
         try:
@@ -548,34 +592,22 @@ def estimate(setup: Setup, engine: Engine, pairs: Sequence["Pair"]) -> list[str]
             f"{pair.name[:30]:30} {frame.height:>7}x{frame.width:<7} {windows:>9} {memory / 1e9:>6.2f} GB "
             f"{likely / 1e9:>6.2f} GB {most / 1e9:>6.2f} GB {spell_time(windows * seconds):>9}"
         )
+    for clip in clips:
+        try:
+            frames, (height, width), tiles = measure_clip(videos, clip)
+        except (OSError, ValueError) as error:
+            failures.append(str(error))
+            continue
+        total += frames * tiles * seconds
+        row = f"{clip.name[:30]:30} {height:>7}x{width:<7} {frames * tiles:>9} {f'{frames} frames':>29}"
+        print(f"{row} {spell_time(frames * tiles * seconds):>9}")
     if "PyTorch on cpu" in engine.name:
         print("timed with PyTorch; unless --backend torch, the run may prepare ONNX Runtime, 3 to 4 times faster")
     free = shutil.disk_usage(existing_parent(setup.results.folder)).free
-    count = f"{len(pairs)} image{'s' if len(pairs) > 1 else ''}"
+    counts = ((len(pairs), "image"), (len(clips), "video"))
+    count = ", ".join(f"{number} {word}{'s' if number > 1 else ''}" for number, word in counts if number)
     print(f"{count}, {spell_time(total)} at {seconds:.3f} s a window; {free / 1e9:.1f} GB free")
     return failures
-
-
-def tile_seconds(setup: Setup, engine: Engine) -> float:
-    """Seconds that one tile takes, measured on random pixels after a warm-up."""
-    import numpy as np
-
-    from tiling import TTA
-
-    config, options = setup.configs[0], setup.tiles
-    size = config.geometry.size if config.geometry.kind == "resize" else (options.tile, options.tile)
-    channels = len(config.channels) * len(setup.configs)
-    batch = np.random.default_rng(0).normal(size=(options.batch, channels, *size)).astype(np.float32)
-    engine.forward(batch)
-    begin = time.perf_counter()
-    for _ in range(2):
-        engine.forward(batch)
-    return (time.perf_counter() - begin) / 2 / options.batch * len(TTA[options.tta])
-
-
-def existing_parent(path: Path) -> Path:
-    """The folder itself or the nearest one above it that exists."""
-    return next(folder for folder in (path.resolve(), *path.resolve().parents) if folder.is_dir())
 
 
 def spell_time(seconds: float) -> str:

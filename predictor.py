@@ -6,6 +6,7 @@ the resize geometry, and preprocessing that looks at all pixels.
 """
 
 import math
+import time
 import unicodedata
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
@@ -25,7 +26,7 @@ from pairing import Pair
 from pictures import list_pictures
 from slide_io import Slide, open_slide
 from slide_windows import SCALE_DRIFT
-from tiling import Axis, plan_axis, predict_bands, round_up, run_ahead
+from tiling import TTA, Axis, plan_axis, predict_bands, round_up, run_ahead
 from tissue import Tissue, find_tissue
 
 MUCH_SMALLER = 4  # images this many times as long as what a network sees are warned about
@@ -533,6 +534,19 @@ def memory_needed(picture: Picture, plan: Plan, options: TileOptions) -> int:
     decoded = (2 * plan.rows.tile + 1024) * picture.width * picture.slide.channels * picture.slide.dtype.itemsize
     batches = 4 * options.batch * plan.rows.tile * plan.cols.tile * 4 * len(picture.configs[0].channels)
     return round(1.5 * strip) + 3 * band + decoded + batches
+
+
+def tile_seconds(configs: Sequence[ModelConfig], options: TileOptions, forward: Forward) -> float:
+    """Seconds that one tile takes, measured on random pixels after a warm-up."""
+    config = configs[0]
+    size = config.geometry.size if config.geometry.kind == "resize" else (options.tile, options.tile)
+    channels = len(config.channels) * len(configs)
+    batch = np.random.default_rng(0).normal(size=(options.batch, channels, *size)).astype(np.float32)
+    forward(batch)
+    begin = time.perf_counter()
+    for _ in range(2):
+        forward(batch)
+    return (time.perf_counter() - begin) / 2 / options.batch * len(TTA[options.tta])
 
 
 def mean_of(forwards: Sequence[Forward], channels: int) -> Forward:

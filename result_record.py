@@ -19,9 +19,11 @@ from slide_writer import replacing
 from spool import naming
 
 RASTERS = {"mask": "masks", "prob": "raw", "labels": "labels"}  # kind -> folder
+TABLE = "table"  # kind of result that every video has, and no picture
 FOLDERS = {**RASTERS, "overlay": "overlays", "geojson": "geojson", "rle": "rle"}
+FOLDERS |= {"video": "videos", "gif": "gifs", TABLE: "over_time"}
 OBJECT_KINDS = {"labels", "geojson"}  # they also write objects/
-SUFFIXES = (".png", ".tif", ".ome.tif", ".geojson", ".csv")
+SUFFIXES = (".png", ".tif", ".ome.tif", ".geojson", ".csv", ".mp4", ".gif")
 RECORD, DESCRIPTION = "predict.jsonl", "predict.json"  # what was done to each picture; what the classes are
 LEFTOVER_SECONDS = 3600
 RUN_LENGTHS = "rle.csv"  # of all pictures together
@@ -29,15 +31,23 @@ RUN_LENGTHS = "rle.csv"  # of all pictures together
 Record = dict[str, list[dict[str, Any]]]
 
 
-def existing_files(folder: Path, name: str, places: Iterable[str]) -> list[Path]:
-    """Result files of a picture that are there, in some of the folders of results."""
+def existing_files(folder: Path, name: str, places: Iterable[str], *, video: bool = False) -> list[Path]:
+    """Result files of a picture, or of a video and its frames, that are in some of the folders of results."""
     found = []
     for place in sorted(places):
+        if video and (folder / place).is_dir():
+            inside = sorted((folder / place).iterdir())
+            found += [path for path in inside if is_frame_of(name, path.name) and path.name.endswith(SUFFIXES)]
         for suffix in SUFFIXES:
             path = folder / place / f"{name}{suffix}"
             if path.exists():
                 found.append(path)
     return found
+
+
+def is_frame_of(video: str, name: str) -> bool:
+    """Whether a file, or the stem of one, is named as a result of a video's frame."""
+    return re.fullmatch(re.escape(video) + r"_\d{6,}(\.[a-z.]+)?", name) is not None
 
 
 @dataclass
@@ -98,7 +108,7 @@ def look_before(folder: Path, digests: Mapping[str, str | None], kinds: Sequence
     for name, digest in digests.items():
         rows = [row for row in record.get(name, []) if digest and row["digest"] == digest]
         ours = _folders([kind for row in rows for kind in row["kinds"]])
-        before.others += existing_files(folder, name, _folders(kinds) - ours)
+        before.others += existing_files(folder, name, _folders(kinds) - ours, video=TABLE in kinds)
         missing = [kind for kind in kinds if not any(_is_done(folder, row, kind) for row in rows)]
         if not missing:
             before.done.add(name)
@@ -200,8 +210,9 @@ def end_record(  # noqa: PLR0913 - they are the line of the record
         durable: see add_to_record; for what would take long to do again.
         facts: damage (what could not be decoded), scale and mpp of the results.
     """
-    for path in existing_files(folder, name, _folders(kinds)):
-        if path not in files:
+    kept = set(files)
+    for path in existing_files(folder, name, _folders(kinds), video=TABLE in kinds):
+        if path not in kept:
             path.unlink(missing_ok=True)
     names = [path.relative_to(folder).as_posix() for path in files]
     row = {"name": name, "digest": digest, "kinds": list(kinds), "done": True, "files": names, **facts}

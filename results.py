@@ -4,6 +4,7 @@ What is large goes through a spool on disk (slide_writer), so a killed command g
 not grow with height; pictures that fit a PNG stay in memory. Objects are found in a second pass over the spooled mask.
 """
 
+import errno
 import json
 import shutil
 from collections import deque
@@ -173,12 +174,18 @@ class Results:
             rows["prob"] = quantise(probs, self.store.layers["prob"].kind)
         self.store.append(rows)
 
-    def finish(self, picture_of: Callable[[int], np.ndarray] | None = None, *, with_picture: bool = False) -> Summary:
+    def finish(
+        self,
+        picture_of: Callable[[int], np.ndarray] | None = None,
+        *,
+        with_picture: bool = False,
+        side: int = PICTURE_SIDE,
+    ) -> Summary:
         """Write all files that were asked for, and forget the spool.
 
         Args:
             picture_of: the image (h, w, C) with one pixel for every n x n of the frame, for overlays; takes n.
-            with_picture: also leave a small overlay in the summary.
+            with_picture: also leave an overlay in the summary, no longer than `side` pixels.
         """
         kinds, summary = set(self.options.kinds), Summary()
         last = self._second_pass(summary)
@@ -192,7 +199,7 @@ class Results:
                 write_image(waiting, self._overlay(holder["mask"], picture_of, OVERLAY_SIDE))
             summary.files.append(path)
         if picture_of and with_picture:
-            summary.picture = self._overlay(holder["mask"], picture_of, PICTURE_SIDE)
+            summary.picture = self._overlay(holder["mask"], picture_of, side)
         return summary
 
     def remove(self) -> None:
@@ -472,6 +479,30 @@ def disk_needed(frame: Frame, config: ModelConfig, options: ResultOptions) -> tu
         return raw // 4, raw
     needs = [required_disk([layer]) for layer in layers]
     return sum(need.expected for need in needs), sum(need.worst for need in needs)
+
+
+def check_disk(frame: Frame, config: ModelConfig, options: ResultOptions) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Raises:
+        OSError: ENOSPC with what is needed and what is there.
+    """
+    folder = options.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    needed, free = disk_needed(frame, config, options)[0], shutil.disk_usage(folder).free
+    needed -= sum(path.stat().st_size for path in working_folder(folder, frame.name).glob("*/*"))
+    if needed > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"about {needed / 1e6:,.1f} MB are needed for {frame.name}, {free / 1e6:,.1f} MB are free; make room, "
+            "save less (--save), or give a folder on another disk (-o)",
+            str(folder),
+        )
+
+
+def existing_parent(path: Path) -> Path:
+    """The folder itself or the nearest one above it that exists."""
+    return next(folder for folder in (path.resolve(), *path.resolve().parents) if folder.is_dir())
 
 
 def look_up(table: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -116,17 +117,20 @@ class Video:
         with self.path.open("rb") as handle:
             empty = not handle.read(1)
         self._capture = _open_quietly(self.path.resolve())
+        self.times: list[float] = []
         if not self._capture.isOpened():
             reason = "it is empty" if empty else "it is damaged, no video, or was cut short before its index"
             raise VideoError(
                 f"{self.path} cannot be opened as a video: {reason}, or OpenCV lacks its decoder; expected a video "
                 "that plays: copy it again, or convert it, for instance with ffmpeg -i OLD -c:v libx264 NEW.mp4"
             )
-        rate = self._capture.get(cv2.CAP_PROP_FPS)
-        self.fps = rate if 0 < rate < 10_000 else 25.0
+        self.fps = self._rate()
         count = self._capture.get(cv2.CAP_PROP_FRAME_COUNT)
         self.declared = int(count) if 0 < count < 1e9 else 0
-        self.times: list[float] = []
+
+    def _rate(self) -> float:
+        rate = self._capture.get(cv2.CAP_PROP_FPS)
+        return rate if 0 < rate < 10_000 else 25.0
 
     def __enter__(self) -> "Video":
         return self
@@ -177,11 +181,14 @@ class Video:
                 continue
             failed = 0
             number, previous = len(self.times), self.times[-1] if self.times else -1.0
-            seconds = self._capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
+            seconds = self._clock()
             if not previous < seconds < float("inf"):  # no time stamps
                 seconds = previous + 1 / self.fps if self.times else 0.0
             self.times.append(seconds)
             yield number, seconds
+
+    def _clock(self) -> float:
+        return self._capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
 
     def findings(self) -> list[str]:
         """What is wrong with the video, once all of it was decoded."""
@@ -203,6 +210,37 @@ class Video:
         gaps = np.flatnonzero(steps > 1.5 / self.fps)
         where = f", the first after {times[gaps[0]]:.2f} s" if len(gaps) else ""
         return [f"{self.path}: {lost} of its {self.declared} frames are damaged or missing{where}; {advice}"]
+
+
+class Camera(Video):
+    """A camera that is open; times are those at which its frames arrive, and it ends when it gives no more."""
+
+    def __init__(self, number: int) -> None:
+        """Open the camera.
+
+        Raises:
+            VideoError: there is none of this number, or it is in use.
+        """
+        self.path, self.declared, self.times = Path(f"camera_{number}"), 0, []
+        self._begin: float | None = None
+        self._capture = _open_camera(number)
+        if not self._capture.isOpened():
+            raise VideoError(
+                f"camera {number} cannot be opened: there is none of this number, another program uses it, or it may "
+                "not be read; expected a camera that works: cameras count from 0, and files are given by their names"
+            )
+        self._capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)  # a frame that waited is an old one
+        self.fps = self._rate()
+
+    def _clock(self) -> float:
+        now = time.monotonic()
+        self._begin = now if self._begin is None else self._begin
+        return now - self._begin
+
+
+def _open_camera(number: int) -> cv2.VideoCapture:
+    with _quiet():
+        return cv2.VideoCapture(number)
 
 
 def _open_quietly(path: Path) -> cv2.VideoCapture:
