@@ -272,6 +272,29 @@ def test_nothing_is_printed_or_left_behind(kind, tmp_path, monkeypatch, capfd):
     assert capfd.readouterr() == ("", "") and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("opset", [13, 18])
+@pytest.mark.parametrize(("axes", "keep", "pooled"), [([2, 3], 1, True), ([-1, -2], 1, True), ([1, 2], 1, False),
+                                                      ([2, 3], 0, False)])  # fmt: skip
+def test_means_over_the_picture_become_pooling_and_nothing_else_does(opset, axes, keep, pooled):
+    proto = onnx.load_model_from_string(make_model())
+    proto.opset_import[0].version = opset
+    more, given = ["axes"] if opset == 18 else [], {} if opset == 18 else {"axes": axes}
+    proto.graph.initializer.append(numpy_helper.from_array(np.array(axes), "axes"))
+    proto.graph.node[2].input[0] = "scaled"
+    nodes = [helper.make_node("ReduceMean", ["r0", *more], ["mean"], "mean", keepdims=keep, **given)]
+    if not keep:
+        proto.graph.initializer.append(numpy_helper.from_array(np.array([-1, 8, 1, 1]), "shape"))
+        nodes.append(helper.make_node("Reshape", ["mean", "shape"], ["whole"], "whole"))
+    nodes.append(helper.make_node("Add", ["r0", "whole" if not keep else "mean"], ["scaled"], "scaled"))
+    for number, node in enumerate(nodes):
+        proto.graph.node.insert(2 + number, node)
+    model = proto.SerializeToString()
+    result = do(model, drop=0.1)
+    assert result.kept and 0.9 <= result.iou_after <= 1
+    kinds = [node.op_type for node in onnx.load_model_from_string(result.model).graph.node]
+    assert ("GlobalAveragePool" in kinds, "ReduceMean" in kinds) == (pooled, not pooled)
+
+
 # ---- parts ----
 
 
