@@ -1,5 +1,6 @@
 """Choose the watershed engine's options from a picture, and bring the picture to bright objects on a range from 0."""
 
+from collections.abc import Callable
 from dataclasses import fields, replace
 
 import cv2
@@ -13,6 +14,8 @@ from annotation.thresholds import find_threshold, thin
 
 SAMPLE_SIDE = 512  # of the windows that a large picture is judged by
 SAMPLE_PIXELS = 9 * SAMPLE_SIDE**2
+CANDIDATES = 7  # places along each side that a window may take; every third of them is an ordinary one
+EMPTY = 0.25  # contrast of a window, by that of the nine with the most, below which it shows nothing
 CHANNELS = ("red", "green", "blue")
 RIM_HOLES = 0.1  # share of the filled mask: what encloses more is a network, not objects
 WIDE = 0.6  # share of the mask in areas of three sizes across and more: what is measured lies within them
@@ -23,16 +26,63 @@ OPENING = 0.12
 MOST = 1e18  # of the brightness of a pixel
 COLOUR_SAMPLE = 1 << 14  # pixels
 
+Read = Callable[[int, int, int, int], np.ndarray]
+
+
+def sample_windows(height: int, width: int, read: Read) -> np.ndarray:
+    """A part of a picture at full resolution, (h, w, C), by which what is automatic is chosen, once for all of it.
+
+    The whole of a small picture; of a large one nine windows, evenly spread, side by side. One that is nearly empty, as
+    the glass around tissue is, makes way for the nearest of more such places that is not, as long as there is one.
+
+    Args:
+        height, width: of the picture.
+        read: gives the pixels of a window (top, left, height, width), (h, w, C).
+    """
+    if height * width <= SAMPLE_PIXELS:
+        return read(0, 0, height, width)
+    high, wide = (min(SAMPLE_SIDE, max(1, length // 3)) for length in (height, width))
+    tops, lefts = (
+        [(length - part) * step // (CANDIDATES - 1) for step in range(CANDIDATES)]
+        for length, part in ((height, high), (width, wide))
+    )
+    places = [(top, left) for top in tops for left in lefts]
+    variances = np.array([_variance(read(top, left, high, wide)[::4, ::4]) for top, left in places])
+    chosen = [places[index] for index in _choose_windows(np.array(places), variances)]
+    picked = [read(top, left, high, wide) for top, left in chosen]
+    return np.concatenate([np.concatenate(picked[first : first + 3], axis=1) for first in (0, 3, 6)])
+
+
+def _choose_windows(places: np.ndarray, variances: np.ndarray) -> list[int]:
+    """Nine of the candidates (n, 2), which lie in a square of rows: those evenly spread, empty ones replaced."""
+    steps = range(0, CANDIDATES, (CANDIDATES - 1) // 2)
+    spread = [row * CANDIDATES + column for row in steps for column in steps]
+    empty = variances < EMPTY**2 * np.sort(variances)[-len(spread) :].mean()
+    free = ~empty
+    free[spread] = False
+    for index, place in enumerate(spread):
+        if empty[place] and free.any():
+            distances = ((places - places[place]) ** 2).sum(axis=1)
+            spread[index] = int(np.argmin(np.where(free, distances, np.iinfo(np.int64).max)))
+            free[spread[index]] = False
+    return spread
+
+
+def _variance(window: np.ndarray) -> float:
+    """Variance of the numbers (h, w, C), the mean over the channels."""
+    values = np.clip(window.reshape(-1, window.shape[2]).astype(np.float64), -MOST, MOST)
+    known = ~np.isnan(values)
+    count = np.maximum(1, known.sum(axis=0))
+    means = np.where(known, values, 0).sum(axis=0) / count
+    return float((np.where(known, values - means, 0) ** 2).sum(axis=0).dot(1 / count) / len(count))
+
 
 def _sample(image: np.ndarray) -> np.ndarray:
-    """The picture, or nine windows of a large one, evenly spread, side by side."""
+    """The picture, or a sample of a large one."""
     height, width = image.shape[:2]
     if height * width <= SAMPLE_PIXELS:
         return image
-    high, wide = min(height, 3 * SAMPLE_SIDE), min(width, 3 * SAMPLE_SIDE)
-    rows = [np.arange(high // 3) + start for start in np.linspace(0, height - high // 3, 3).astype(int)]
-    columns = [np.arange(wide // 3) + start for start in np.linspace(0, width - wide // 3, 3).astype(int)]
-    return image[np.concatenate(rows)][:, np.concatenate(columns)]
+    return sample_windows(height, width, lambda top, left, high, wide: image[top : top + high, left : left + wide])
 
 
 def _to_channel(image: np.ndarray, channel: str) -> np.ndarray:

@@ -17,6 +17,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from annotation.automatic import sample_windows
 from annotation.instances import Instances, Runs, empty_instances, find_runs, join_runs
 from annotation.stitching import Parts, Stitcher, Window, plan_windows
 from annotation.tiled_rows import ObjectRows
@@ -27,9 +28,8 @@ from slide_writer import Job, Layer, open_job
 
 Engine = Callable[[np.ndarray], Instances]
 
-SAMPLE_SIDE, SAMPLE_ACROSS, CANDIDATES = 512, 3, 6  # windows of a sample, those looked at along each side
 STATE = "state.npz"  # of a run, beside the spool
-FORMAT = 1  # raised when the same windows give other objects
+FORMAT = 2  # raised when the same windows give other objects
 BAND_PIXELS = 1 << 24  # looked at together in the passes over the spool
 
 
@@ -86,23 +86,9 @@ class TiledResult:
 def sample_picture(grid: Grid) -> np.ndarray:
     """A part of a picture at full resolution, (h, w, C), on which an engine's options are chosen once for all windows.
 
-    The whole of a small picture; of others the 9 windows with the most contrast of 36 that lie evenly, set together.
+    It is what the watershed engine chooses by when it gets the picture whole, see automatic.sample_windows.
     """
-    side = SAMPLE_SIDE * SAMPLE_ACROSS
-    if grid.height * grid.width <= side * side:
-        return grid.read(0, 0, grid.height, grid.width)
-    height, width = min(SAMPLE_SIDE, grid.height), min(SAMPLE_SIDE, grid.width)
-    rows, columns = (
-        np.unique(np.linspace(0, length - part, CANDIDATES).round().astype(int)).tolist()
-        for length, part in ((grid.height, height), (grid.width, width))
-    )
-    places = [(row, column) for row in rows for column in columns]
-    contrast = [float(np.nanstd(grid.read(*place, height, width)[::4, ::4])) for place in places]
-    order = np.argsort(-np.array(contrast), kind="stable")[: SAMPLE_ACROSS**2]
-    order = np.resize(order, SAMPLE_ACROSS**2)
-    picked = [grid.read(*places[place], height, width) for place in sorted(order.tolist())]
-    strips = [np.concatenate(picked[k : k + SAMPLE_ACROSS], axis=1) for k in range(0, len(picked), SAMPLE_ACROSS)]
-    return np.concatenate(strips, axis=0)
+    return sample_windows(grid.height, grid.width, grid.read)
 
 
 def annotate_tiled(

@@ -1,5 +1,6 @@
 """Engines window by window: the objects are those of the whole picture, each once, none cut, no seam."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -8,9 +9,11 @@ import pytest
 import tifffile
 
 from annotation import tiled
+from annotation.automatic import prepare, sample_windows
 from annotation.instances import Instances, empty_instances, gap_mask, number_instances, object_rows
 from annotation.stitching import Stitcher, plan_windows
 from annotation.tiled import TiledFiles, TileOptions, annotate_tiled, sample_picture
+from annotation.watershed import WatershedOptions
 from slide_io import open_slide
 
 SIZES = [(1, 1), (1, 200), (200, 1), (64, 64), (96, 160), (100, 131), (193, 65)]
@@ -370,6 +373,56 @@ def test_a_sample_shows_the_objects(tmp_path):
     tifffile.imwrite(tmp_path / "small.tif", image[:50, :60])
     with open_slide(tmp_path / "small.tif") as slide:
         assert np.array_equal(sample_picture(slide.grid())[..., 0], image[:50, :60])
+
+
+def nine_windows(image):
+    """The windows of a large picture that lie evenly, set together, pixel by pixel: written down a second time."""
+    rows, columns = ([start + k for start in (0, (n - 512) // 2, n - 512) for k in range(512)] for n in image.shape[:2])
+    return image[rows][:, columns]
+
+
+@pytest.mark.parametrize("shape", [(1700, 1901, 3), (1536, 1600, 1), (3001, 1999, 1)])
+def test_pictures_are_judged_alike_in_windows_and_whole(tmp_path, shape):
+    rng = np.random.default_rng(5)
+    strength = np.linspace(20, 60, shape[1])[None, :, None]  # the right side has three times the contrast of the left
+    image = np.clip(120 + strength * rng.normal(0, 1, shape), 0, 255).astype(np.uint8)
+    tifffile.imwrite(tmp_path / "in.tif", image.squeeze(), photometric="rgb" if shape[2] == 3 else "minisblack")
+    with open_slide(tmp_path / "in.tif") as slide:
+        sample = sample_picture(slide.grid())
+    assert np.array_equal(sample, nine_windows(image))
+    _, whole = prepare(image, WatershedOptions(), only_options=True)
+    _, chosen = prepare(sample, WatershedOptions(), only_options=True)
+    areas = [replace(options, max_area=0) for options in (whole, chosen)]  # without a limit it is the whole picture
+    assert areas[0] == areas[1]
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.float32])
+def test_empty_windows_make_way_for_the_nearest_that_are_not(kind):
+    """Textured but for one corner; the windows that may stand in are those at sixths of the way."""
+    rng = np.random.default_rng(6)
+    image = rng.integers(0, 200, (3584, 3584, 1)).astype(kind)
+    image[:1024, :1024] = 230 + rng.integers(0, 3, (1024, 1024, 1))
+    if kind is np.float32:
+        image[5::7, ::11] = np.nan
+    sample = sample_windows(3584, 3584, lambda y, x, height, width: image[y : y + height, x : x + width])
+    expected = nine_windows(image)
+    expected[:512, :512] = image[:512, 1024:1536]  # as near as the one below it, and before it in reading order
+    assert np.array_equal(sample, expected, equal_nan=kind is np.float32)
+
+
+def test_windows_stay_empty_where_there_are_no_others():
+    image = np.full((3000, 3000, 1), 230, np.uint8)
+    read = lambda y, x, height, width: image[y : y + height, x : x + width]  # noqa: E731
+    assert (sample_windows(3000, 3000, read) == 230).all()
+    image[600:800, 600:800] = 10  # in one of the 49 places alone
+    sample = sample_windows(3000, 3000, read)
+    assert np.array_equal(sample[:512, :512], image[414:926, 414:926])
+    assert (sample == 10).sum() == (image[414:926, 414:926] == 10).sum()
+
+
+@pytest.mark.parametrize("shape", [(3_000_000, 1, 1), (2, 1_500_000, 1)])
+def test_thin_pictures_have_a_sample(shape):
+    assert prepare(np.zeros(shape, np.uint8), WatershedOptions(), only_options=True)[1].size
 
 
 @pytest.mark.parametrize("bad", [{"tile": 24}, {"tile": 0}, {"tile": 32, "margin": 33}, {"workers": 0}])
