@@ -19,6 +19,7 @@ import shlex
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from annotation.records import FileOptions
 
 INTERRUPTED = "the same command goes on where it stopped"
-PREVIEWS = 8  # pictures in TensorBoard
 DAMAGES = 3  # messages about the damage of one picture
 
 
@@ -131,6 +131,7 @@ class Task:
     """What each process needs to know.
 
     settings: digest of everything that changes the objects of a picture.
+    own: engines with settings of their own, by stem: those of a video's frames are chosen once.
     """
 
     engines: "EngineOptions"
@@ -139,6 +140,12 @@ class Task:
     max_pixels: float
     megapixels: float
     max_decoded_gb: float
+    own: Mapping[str, "EngineOptions"]
+
+    def digest(self, stem: str) -> str:
+        """Of everything that changes the objects of one picture."""
+        own = self.own.get(stem)
+        return self.settings if own is None else hashlib.sha256(f"{self.settings} {own.watershed}".encode()).hexdigest()
 
 
 def run(args: argparse.Namespace, argv: Sequence[str] | None) -> list[str]:
@@ -176,13 +183,13 @@ def annotate_found(
 
     remove_leftovers(files)
     frames, failures = take_frames(videos, files.folder, args)
-    stems, doubled = name_pictures([*pictures, *frames])
+    stems, doubled = name_pictures([*pictures, *(path for each in frames.values() for path in each)])
     failures += doubled
     if not stems:
         return failures
     if args.tune:
         engines = tune_engines(args, engines, stems, files.folder, failures)
-    task = make_task(args, engines, files, stems)
+    task = make_task(args, engines, files, stems, list(frames.values()))
     print(f"engines: {', '.join(engines.names)}; {len(stems)} picture{'s' * (len(stems) > 1)} -> {files.folder}")
     records, failed = annotate_all(task, stems, args.workers)
     failures += failed
@@ -195,7 +202,7 @@ def annotate_found(
     if against.folder:
         failures += print_scores(files, against, [record["stem"] for record in records])
     try:
-        log_previews(args, files, records)
+        log_run(args, files, records)
     except OSError as error:
         failures.append(
             f"{args.log_dir}: TensorBoard's files cannot be written there ({error}); give another --log-dir"
@@ -268,12 +275,14 @@ def check_folder(folder: Path, pictures: Sequence[Path]) -> None:
         ) from error
 
 
-def take_frames(videos: Sequence[Path], folder: Path, args: argparse.Namespace) -> tuple[list[Path], list[str]]:
-    """Write the chosen frames of videos into frames/; return their files and what went wrong."""
+def take_frames(
+    videos: Sequence[Path], folder: Path, args: argparse.Namespace
+) -> tuple[dict[Path, list[Path]], list[str]]:
+    """Write the chosen frames of videos into frames/; return the files of each and what went wrong."""
     from annotation.frame_options import FrameOptions
     from annotation.video import VideoError, extract_frames
 
-    frames, failures = [], []
+    frames, failures = dict[Path, list[Path]](), list[str]()
     options = FrameOptions(args.step, args.fps, args.skip_similar)
     for video in videos:
         try:
@@ -282,7 +291,7 @@ def take_frames(videos: Sequence[Path], folder: Path, args: argparse.Namespace) 
             failures.append(str(error))
             continue
         failures += extracted.findings
-        frames += [folder / "frames" / row["file"] for row in extracted.rows]
+        frames[video] = [folder / "frames" / row["file"] for row in extracted.rows]
         print(f"{video.name}: {len(extracted.rows)} frames")
     return frames, failures
 
@@ -313,14 +322,22 @@ def pick_device(args: argparse.Namespace) -> str:
 
 
 def make_task(
-    args: argparse.Namespace, engines: "EngineOptions", files: "FileOptions", stems: Mapping[str, Path]
+    args: argparse.Namespace,
+    engines: "EngineOptions",
+    files: "FileOptions",
+    stems: Mapping[str, Path],
+    films: Sequence[Sequence[Path]],
 ) -> Task:
-    """What the processes share."""
+    """What the processes share; films are the frames of each video."""
+    from annotation.engines import choose_for_video
+    from image_io import file_stem
     from pictures import count_pixels
+
+    own = {file_stem(path): chosen for film in films for chosen in [choose_for_video(engines, film)] for path in film}
 
     counted = sum(map(count_pixels, stems.values())) / 1e6 if "model" in engines.parts else 0.0
     settings = hashlib.sha256(repr((engines.digest(), args.max_megapixels)).encode()).hexdigest()
-    return Task(engines, files, settings, args.max_megapixels * 1e6, counted, args.max_decoded_gb)
+    return Task(engines, files, settings, args.max_megapixels * 1e6, counted, args.max_decoded_gb, own)
 
 
 def tune_engines(
@@ -402,7 +419,7 @@ def find_done(task: Task, path: Path) -> dict[str, Any] | None:
 
     stem = file_stem(path)
     try:
-        if not task.files.record(stem).is_file() or not is_done(task.files, stem, digest_file(path), task.settings):
+        if not task.files.record(stem).is_file() or not is_done(task.files, stem, digest_file(path), task.digest(stem)):
             return None
     except (OSError, ImageError):  # said when its turn comes
         return None
@@ -417,16 +434,20 @@ def annotate_picture(task: Task, engines: "Engines", path: Path, stem: str) -> d
     from image_io import read_image
     from pictures import count_pixels
 
-    digest = digest_file(path)
+    digest, settings = digest_file(path), task.digest(stem)
+    if stem in task.own:
+        engines = engines.changed(task.own[stem])
     if count_pixels(path) > task.max_pixels:
         return annotate_large(task, engines, path, stem, digest)
     image = read_image(path)
     if is_edited(task.files, stem):
-        return write_edited(task.files, path, image, task.settings, image_digest=digest)
+        return write_edited(task.files, path, image, settings, image_digest=digest)
     begin = time.perf_counter()
     found, parts = engines.find(image)
     seconds = time.perf_counter() - begin
-    return write_image_files(task.files, path, image, found, parts, task.settings, seconds, image_digest=digest)
+    return write_image_files(
+        task.files, path, image, found, parts, settings, seconds, image_digest=digest, chosen=engines.chosen
+    )
 
 
 def annotate_large(task: Task, engines: "Engines", path: Path, stem: str, digest: str) -> dict[str, Any]:
@@ -443,7 +464,7 @@ def annotate_large(task: Task, engines: "Engines", path: Path, stem: str, digest
             bar.update(windows - bar.n)
 
         return large.annotate_large(
-            task.files, path, engines, task.settings, digest, max_decoded_gb=task.max_decoded_gb, progress=show
+            task.files, path, engines, task.digest(stem), digest, max_decoded_gb=task.max_decoded_gb, progress=show
         )
 
 
@@ -517,9 +538,12 @@ def write_results(
 def summary_of(records: Sequence[Mapping[str, Any]]) -> str:
     """Lines for the terminal: objects, and what to look at."""
     objects = sum(record["objects"] for record in records)
-    flagged = sum(bool(record["flags"]) for record in records)
     edited = sum(any(record["edited"].values()) for record in records)
+    flagged = sum(bool(record["flags"]) and not any(record["edited"].values()) for record in records)
     lines = [f"{objects} objects in {len(records)} picture{'s' * (len(records) > 1)}"]
+    presets = Counter(record["preset"] for record in records if record.get("preset"))
+    if presets:
+        lines.append("watershed presets: " + ", ".join(f"{name} {count}" for name, count in presets.most_common()))
     if edited:
         lines.append(f"{edited} edited by hand: kept")
     if flagged:
@@ -579,30 +603,12 @@ def finish_videos(
     return failures
 
 
-def log_previews(args: argparse.Namespace, files: "FileOptions", records: Sequence[Mapping[str, Any]]) -> None:
-    """Previews, counts and histograms of sizes in TensorBoard."""
-    import numpy as np
-
-    from annotation.records import read_record
-    from events import EventWriter
-    from image_io import read_image
+def log_run(args: argparse.Namespace, files: "FileOptions", records: Sequence[Mapping[str, Any]]) -> None:
+    """Show the run in TensorBoard."""
+    from annotation.previews import log_previews
 
     whole = files.folder.resolve()
-    folder = args.log_dir / (args.exp_name or f"annotate_{whole.parent.name}_{whole.name}")
-    with EventWriter(folder) as writer:
-        diameters = []
-        for number, record in enumerate(records):
-            table = (read_record(files, record["stem"]) or {}).get("table", {})
-            diameters.append(np.array(table.get("equivalent_diameter", ()), np.float64))
-            writer.add_scalar("annotate/objects", record["objects"], number)
-            writer.add_scalar("annotate/coverage", record["coverage"], number)
-        sizes = np.concatenate(diameters)
-        if len(sizes):
-            writer.add_histogram("annotate/equivalent diameter (pixels)", sizes)
-        for record in records[:: max(1, len(records) // PREVIEWS)][:PREVIEWS]:
-            path = files.place("overlays", record["stem"])
-            if files.overlays and path.is_file():  # others may show the objects of an earlier run
-                writer.add_image(f"annotate/{record['stem']}", read_image(path))
+    log_previews(args.log_dir / (args.exp_name or f"annotate_{whole.parent.name}_{whole.name}"), files, records)
     print(f"tensorboard --logdir {shlex.quote(str(args.log_dir))}")
 
 

@@ -111,8 +111,13 @@ def add_log_args(parser: argparse.ArgumentParser, *, tables: bool = True) -> Non
         group.add_argument("--decimal", choices=("comma", "dot"), default="comma", help="decimal sign in csv files")
 
 
-def add_checkpoint_args(parser: argparse.ArgumentParser, *, several: bool = False, required: bool = True) -> None:
-    """Add the checkpoint file or the folder to find it in; `several` also takes a whole folder as an ensemble."""
+def add_checkpoint_args(
+    parser: argparse.ArgumentParser, *, several: bool = False, every: bool = False, required: bool = True
+) -> None:
+    """Add the checkpoint file or the folder to find it in; `several` also takes a whole folder as an ensemble.
+
+    `every` takes all checkpoints of a folder, one after another.
+    """
     group = parser.add_argument_group("checkpoint")
     where = group.add_mutually_exclusive_group(required=required)
     where.add_argument(
@@ -121,6 +126,8 @@ def add_checkpoint_args(parser: argparse.ArgumentParser, *, several: bool = Fals
     where.add_argument(
         "-cd", "--check-dir", type=Path, metavar="DIR", help="run folder, or a folder of them: the newest best is taken"
     )
+    if every:
+        where.add_argument("-d", "--dir", type=Path, metavar="DIR", help="every checkpoint in this folder")
     if several:
         add_switch(group, "--ensemble", help="average all checkpoints in the folder of -cd")
 
@@ -397,6 +404,9 @@ def plain_errors(parser: argparse.ArgumentParser, *, interrupted: str = "") -> I
     """
     try:
         yield
+    except BrokenPipeError:  # whoever read our lines has gone, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (OSError, ValueError, RuntimeError) as error:
         if os.environ.get("TESSERA_TRACEBACK") == "1":
             raise

@@ -1,7 +1,9 @@
 """Engines with their networks loaded: they look at an image, one prompts another, their objects become one set."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -10,12 +12,19 @@ from annotation import detectors, merging, slicing
 from annotation.boxes import Boxes
 from annotation.engine_options import EngineOptions, fields_of
 from annotation.instances import Instances
+from image_io import read_image
 
 Cache = dict[Any, Any]  # what was found in one image before, see Engines.find
 
 
 class Engines:
-    """The engines of a run with their networks loaded, each once."""
+    """The engines of a run with their networks loaded, each once.
+
+    Attributes:
+        chosen: preset and object_size that the watershed chose for the last image; empty without it.
+    """
+
+    chosen: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, options: EngineOptions, *, megapixels: float | None = None) -> None:
         """Load what the options name.
@@ -104,9 +113,13 @@ class Engines:
     def _look(self, name: str, image: np.ndarray, cache: Cache) -> Instances:
         """One engine by itself."""
         if name == "watershed":
-            from annotation.watershed import segment
+            from annotation.watershed import choose_options, segment
 
-            return segment(image, self.options.watershed)
+            options = self.options.watershed
+            if None in vars(options).values():
+                options = choose_options(image, options)
+            self.chosen = {"preset": options.preset, "object_size": round(options.size, 1)}
+            return segment(image, options)
         if name == "yolo":
             return detectors.boxes_to_instances(self._detect(image, cache), *image.shape[:2])
         return self._sam.segment_everything(image) if name == "sam" else self._trained.segment(image, cache)
@@ -145,3 +158,18 @@ def _keep(cache: Cache, name: str, key: Any, make: Callable[[], Any]) -> Any:
 def rename(found: Instances, engine: str) -> Instances:
     """The same objects, said to be found by another name."""
     return replace(found, engines=(engine,) * len(found))
+
+
+def choose_for_video(options: EngineOptions, frames: Sequence[Path]) -> EngineOptions:
+    """The options with what the watershed chooses from some frames of a video: chosen for each, curves would jump.
+
+    Raises:
+        ImageError, OSError: a frame cannot be read.
+    """
+    if "watershed" not in options.parts or not frames:
+        return options
+    from annotation.watershed import choose_options
+
+    some = [frames[place] for place in sorted({0, len(frames) // 2, len(frames) - 1})]
+    sample = np.concatenate([read_image(path) for path in some])
+    return replace(options, watershed=choose_options(sample, options.watershed))

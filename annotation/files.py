@@ -56,9 +56,10 @@ class _Work:
     digests: tuple[str, str] = ("", "")  # of the image and the settings
     seconds: float = 0.0
     parts: tuple[Instances, ...] = ()
+    chosen: dict[str, Any] = field(default_factory=dict)
 
 
-def write_image_files(
+def write_image_files(  # noqa: PLR0913 - what is known about one image
     options: FileOptions,
     path: Path,
     image: np.ndarray,
@@ -68,6 +69,7 @@ def write_image_files(
     seconds: float,
     *,
     image_digest: str | None = None,
+    chosen: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write everything about one image.
 
@@ -82,6 +84,7 @@ def write_image_files(
         settings_digest: of the settings of this run.
         seconds: that the engines took.
         image_digest: of the image; without it that of the file.
+        chosen: what engines chose by themselves for this image, see Engines.chosen.
 
     Returns:
         The record without objects: see summarise, and image, stem, height, width, seconds, engines (objects of each),
@@ -103,6 +106,7 @@ def write_image_files(
     name = put_image(options, path, image, digest, previous)
     work = _Work(options, stem, name, image, found, states, maps)
     work.digests, work.seconds, work.parts = (digest, settings_digest), seconds, tuple(parts.values())
+    work.chosen = dict(chosen or {})
     return _write(work, engines={name: len(part) for name, part in parts.items()})
 
 
@@ -179,6 +183,7 @@ def _write(work: _Work, engines: Mapping[str, int]) -> dict[str, Any]:
         "size": list(size),
         "seconds": round(work.seconds, 4),
         "engines": dict(engines),
+        **work.chosen,
         "agreement": agreement(work.parts) if len(work.parts) > 1 else None,
         **summarise(found, objects),
     }

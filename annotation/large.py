@@ -410,6 +410,7 @@ def _write_record(work: _Work, size: tuple[int, int], summary: Mapping[str, Any]
         "size": list(size),
         "seconds": round(work.engine.seconds, 4) if work.engine else 0.0,
         "engines": engines,
+        **(work.engine.engines.chosen if work.engine else {}),
         "agreement": work.engine.agreement() if work.engine else None,
         **summary,
         "damage": damage,

@@ -27,6 +27,8 @@ REVIEW_COLUMNS = (
     "lowest_score",
     "agreement",
     "median_diameter",
+    "preset",
+    "object_size",
     "edited",
     "labels",
     "overlay",
@@ -41,6 +43,8 @@ REPORT_VALUES = (
     "lowest_score",
     "agreement",
     "median_diameter",
+    "preset",
+    "object_size",
     "engines",
     "seconds",
 )
@@ -135,7 +139,7 @@ def write_report(options: FileOptions, ranked: Sequence[Mapping[str, Any]], abou
     report.pop("per_image")
     lines = []
     for entry in ranked:
-        values = {name: entry["record"][name] for name in REPORT_VALUES}
+        values = {name: entry["record"].get(name) for name in REPORT_VALUES}
         lines.append(json.dumps({**values, "doubt": entry["doubt"], "flags": entry["flags"]}, ensure_ascii=False))
     text = json.dumps(report, indent=2, ensure_ascii=False)[:-2]
     body = "".join(f"{',' if k else ''}\n    {line}" for k, line in enumerate(lines))
