@@ -13,6 +13,7 @@ from torch import nn
 
 import onnx_export
 from checkpoint import ModelConfig, load_checkpoint
+from export_graph import Shell, file_runner
 from image_io import atomic_write, cache_dir
 from model import build_model, shorten_error, to_probabilities
 from onnx_export import EXPORT_SECONDS, ExportError
@@ -22,7 +23,6 @@ Forward = Callable[[np.ndarray], np.ndarray]
 
 BACKENDS = ("auto", "torch", "onnx")
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-OUTPUTS = ("logits", "probabilities")
 FEW_TILES = 8  # trying a tile twice would be a good part of the work itself
 RECORDED_AFTER = 3  # calls with one shape: the first ones prepare kernels
 CACHE = "cache"  # the origin of an export that was made on the way, and may be replaced
@@ -177,30 +177,31 @@ def onnx_forward(model: Path | bytes, device: str) -> tuple[ModelConfig, Forward
     """
     path = model if isinstance(model, Path) else Path("the export")
     content = onnx_export.read_onnx(model) if isinstance(model, Path) else model
-    config = onnx_export.read_description(path, content).config
+    description = onnx_export.read_description(path, content)
+    config = description.config
     onnx_export.find_provider(device)
     try:
+        shell = Shell.from_metadata(description.metadata)
         session = onnx_export.make_session(content, device)
     except ValueError as error:
         raise ValueError(f"{path}: {error}. Use its checkpoint (.pth) with --backend torch") from error
     inputs, outputs = ([value.name for value in values] for values in (session.get_inputs(), session.get_outputs()))
-    if inputs != [onnx_export.INPUT] or len(outputs) != 1 or outputs[0] not in OUTPUTS:
+    if (inputs, outputs) != ([onnx_export.INPUT], [shell.output]):
         raise ValueError(
             f"{path} maps {', '.join(inputs)} to {', '.join(outputs)}, expected {onnx_export.INPUT} to "
-            f"{' or '.join(OUTPUTS)}. Use its checkpoint (.pth) instead"
+            f"{shell.output}. Use its checkpoint (.pth) instead"
         )
-    run = onnx_export.session_runner(session)
+    run = file_runner(onnx_export.session_runner(session), config, shell)
 
     def forward(batch: np.ndarray) -> np.ndarray:
         try:
-            values = run(batch)
+            return run(batch)
+        except ValueError as error:  # pixels or sizes that the file is not for
+            raise ValueError(f"{path}: {error}") from error
         except Exception as error:  # its errors have no common class
             if "alloc" in str(error).lower():
                 raise RuntimeError(out_of_memory(batch.shape)) from error
             raise RuntimeError(f"{path} cannot take a batch of {batch.shape}: {shorten_error(error)}") from error
-        if outputs[0] == "probabilities":
-            return values
-        return to_probabilities(torch.from_numpy(values), config.activation).numpy()
 
     return config, forward
 
@@ -232,7 +233,8 @@ def find_export(path: Path, digest: str, device: str) -> tuple[ModelConfig, Forw
     for place in export_places(path, digest):
         with suppress(OSError, ValueError, ImportError):  # not there, broken, somebody else's: another one is made
             metadata = onnx_export.read_description(place).metadata
-            if (metadata.get("digest"), metadata.get("revision")) == (digest, str(onnx_export.REVISION)):
+            current = (metadata.get("digest"), metadata.get("revision")) == (digest, str(onnx_export.REVISION))
+            if current and Shell.from_metadata(metadata) == Shell() and "quantised" not in metadata:
                 return *onnx_forward(place, device), place
     return None
 

@@ -1,5 +1,6 @@
 """The contract between commands: what a network is, how pixels meet it, and the file that says so."""
 
+import errno
 import pickle
 import re
 import struct
@@ -181,6 +182,10 @@ def load_checkpoint(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
             warnings.simplefilter("ignore")  # of pickle protocols; the file is refused below if they matter
             saved = torch.load(path, map_location="cpu", weights_only=True)
     except _DAMAGE as error:
+        raise ValueError(f"{path} {_refusal(error)}") from error
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a place before the file's beginning, which a cut archive points to
+            raise
         raise ValueError(f"{path} {_refusal(error)}") from error
     if not isinstance(saved, dict) or "config" not in saved or "model_state_dict" not in saved:
         raise ValueError(f"{path} has no 'config' entry: it is not a checkpoint written by train.py")

@@ -48,14 +48,26 @@ class Description:
 # Export
 
 
-def export_network(network: nn.Module, config: ModelConfig, **metadata: str) -> bytes:
-    """Export a network with free batch, height and width, and prove the result equal to it.
+@dataclass(frozen=True)
+class Form:
+    """How a network is written: the version of ONNX, and (height, width) when only one image of that size is taken."""
+
+    opset: int = OPSET
+    size: tuple[int, int] | None = None
+
+
+ANY_SIZE = Form()
+
+
+def export_network(network: nn.Module, config: ModelConfig, form: Form = ANY_SIZE, **metadata: str) -> bytes:
+    """Export a network, by default with free batch, height and width, and prove the result equal to it.
 
     torch.export is tried first, then the older TorchScript exporter; the metadata say which one it was, and why not the
     first.
 
     Args:
         network: on the CPU; images (N, C, H, W), sides multiples of config.stride, to logits (N, K, H, W).
+        form: sides of a fixed size are multiples of config.stride too.
         metadata: more entries, such as the digest of the checkpoint.
 
     Returns:
@@ -69,8 +81,10 @@ def export_network(network: nn.Module, config: ModelConfig, **metadata: str) -> 
     for name, exporter in (("torch.export", _export_program), ("TorchScript", _export_script)):
         try:
             entries = {"exporter": name, "failed": "; ".join(reasons), **metadata}
-            model = describe(exporter(network, config), config, **entries)
-            prove_equal(model, network, config)
+            model = describe(exporter(network, config, form), config, **entries)
+            if read_metadata(model)["opset"] != str(form.opset):
+                raise ValueError(f"it wrote opset {read_metadata(model)['opset']}, asked for {form.opset}")
+            prove_equal(model, network, config, form)
         except Exception as error:  # exporters raise anything
             reasons.append(f"{name}: {shorten_error(error)}")
         else:
@@ -78,38 +92,38 @@ def export_network(network: nn.Module, config: ModelConfig, **metadata: str) -> 
     raise ExportError("; ".join(reasons))
 
 
-def _export_program(network: nn.Module, config: ModelConfig) -> bytes:
+def _export_program(network: nn.Module, config: ModelConfig, form: Form) -> bytes:
     # Sides as stride times a whole number: the exporter can prove that down- and up-sampling meet again.
     units = {axis: config.stride * torch.export.Dim(name, min=1, max=4096) for axis, name in ((2, "rows"), (3, "cols"))}
     shapes = ({0: torch.export.Dim("batch", min=1, max=4096), **units},)
     with _quiet():
         program = torch.onnx.export(
             network,
-            (_sample(config),),
+            (_sample(config, form),),
             dynamo=True,
-            dynamic_shapes=shapes,
+            dynamic_shapes=None if form.size else shapes,
             input_names=[INPUT],
             output_names=[OUTPUT],
-            opset_version=OPSET,
+            opset_version=form.opset,
             verbose=False,
         )
     assert program is not None, "torch.onnx.export(dynamo=True) returns a program"
     return program.model_proto.SerializeToString()
 
 
-def _export_script(network: nn.Module, config: ModelConfig) -> bytes:
+def _export_script(network: nn.Module, config: ModelConfig, form: Form) -> bytes:
     axes = {0: "batch", 2: "height", 3: "width"}
     file = io.BytesIO()
     with _quiet():
         torch.onnx.export(
             network,
-            (_sample(config),),
+            (_sample(config, form),),
             file,  # type: ignore[arg-type]
             dynamo=False,
-            dynamic_axes={INPUT: axes, OUTPUT: axes},
+            dynamic_axes=None if form.size else {INPUT: axes, OUTPUT: axes},
             input_names=[INPUT],
             output_names=[OUTPUT],
-            opset_version=OPSET,
+            opset_version=form.opset,
             verbose=False,
         )
     return file.getvalue()
@@ -135,8 +149,10 @@ def _sides(config: ModelConfig) -> tuple[int, int, int]:
     return first * config.stride, (first + 2) * config.stride, (first + 4) * config.stride
 
 
-def _sample(config: ModelConfig) -> Tensor:
+def _sample(config: ModelConfig, form: Form) -> Tensor:
     """What the exporter traces: more than one image, for a batch of one would be written into the graph."""
+    if form.size:
+        return torch.zeros(1, len(config.channels), *form.size)
     short, middle, _ = _sides(config)
     return torch.zeros(2, len(config.channels), middle, short)
 
@@ -182,7 +198,7 @@ def describe(model: bytes, config: ModelConfig, **metadata: str) -> bytes:
     entries = {
         DESCRIPTION: json.dumps(config_to_dict(config), ensure_ascii=False),
         "revision": str(REVISION),
-        "opset": str(OPSET),
+        "opset": str(next(each.version for each in proto.opset_import if each.domain in ("", "ai.onnx"))),
         "tile": str(config.geometry.tile),
         "overlap": str(config.geometry.overlap),
         "torch": facts["torch"],
@@ -200,8 +216,8 @@ def describe(model: bytes, config: ModelConfig, **metadata: str) -> bytes:
 # Proof
 
 
-def prove_equal(model: bytes, network: nn.Module, config: ModelConfig) -> float:
-    """Compare an ONNX file with the network it came from, on noise of three sizes and two batches.
+def prove_equal(model: bytes, network: nn.Module, config: ModelConfig, form: Form = ANY_SIZE) -> float:
+    """Compare an ONNX file with the network it came from, on noise of three sizes and two batches, or of its only size.
 
     Args:
         network: on the CPU, in evaluation mode.
@@ -216,8 +232,9 @@ def prove_equal(model: bytes, network: nn.Module, config: ModelConfig) -> float:
     short, middle, long = _sides(config)
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
-    for height, width in ((config.min_side, middle), (short, long), (long, middle)):
-        for batch in PROOF_BATCHES:
+    sizes = [form.size] if form.size else [(config.min_side, middle), (short, long), (long, middle)]
+    for height, width in sizes:
+        for batch in (1,) if form.size else PROOF_BATCHES:
             image = torch.randn(batch, len(config.channels), height, width, generator=generator)
             with torch.inference_mode():
                 expected = network(image).numpy()
@@ -278,6 +295,13 @@ def read_description(path: Path, content: bytes | None = None) -> Description:
         return Description(config_from_dict(json.loads(metadata[DESCRIPTION])), metadata)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def read_metadata(model: bytes) -> dict[str, str]:
+    """The metadata of an ONNX file that is known to be one."""
+    import onnx
+
+    return {entry.key: entry.value for entry in onnx.load_model_from_string(model).metadata_props}
 
 
 def read_onnx(path: Path) -> bytes:
@@ -356,10 +380,10 @@ def usable_threads() -> int:
 
 
 def session_runner(session: Session) -> Callable[[np.ndarray], np.ndarray]:
-    """A function from a batch (N, C, H, W) float32 to the first output of a session."""
+    """A function from a batch of what a file takes to its first output."""
     output = session.get_outputs()[0].name
 
     def run(batch: np.ndarray) -> np.ndarray:
-        return session.run([output], {INPUT: np.ascontiguousarray(batch, np.float32)})[0]
+        return session.run([output], {INPUT: np.ascontiguousarray(batch)})[0]
 
     return run

@@ -161,10 +161,10 @@ def drop_a_layer(network):
 def test_a_planted_fault_is_refused(plain, plant, monkeypatch):
     genuine = onnx_export._export_script
 
-    def faulty(network, config):
+    def faulty(network, *more):
         network = copy.deepcopy(network)
         plant(network)
-        return genuine(network, config)
+        return genuine(network, *more)
 
     for name in ("_export_program", "_export_script"):
         monkeypatch.setattr(onnx_export, name, faulty)
@@ -281,7 +281,12 @@ def test_files_of_the_user_are_never_replaced(quick, checkpoint, plain, kind):
         place.mkdir()
         (place / "notes").write_text("mine")
     else:
-        whole = describe(onnx_export._export_script(*plain), plain[1], digest="of another", origin="export_onnx.py")
+        whole = describe(
+            onnx_export._export_script(*plain, onnx_export.ANY_SIZE),
+            plain[1],
+            digest="of another",
+            origin="export_onnx.py",
+        )
         content = {"text": b"mine", "onnx of another program": strip(whole), "truncated": whole[: len(whole) // 2]}
         place.write_bytes(content.get(kind, whole))
     before = place.stat().st_mtime_ns, None if kind == "folder" else place.read_bytes()
@@ -419,7 +424,7 @@ def test_bad_onnx_files_are_told_apart(exported, tmp_path):
     with pytest.raises(ValueError, match="run.onnx: its format is 99, .* update Tessera"):
         load_config(path)
     path.write_bytes(exported.replace(b"logits", b"nonsen"))
-    with pytest.raises(ValueError, match="run.onnx maps image to nonsen, expected image to logits or probabilities"):
+    with pytest.raises(ValueError, match="run.onnx maps image to nonsen, expected image to logits. Use its"):
         load_forward(path, "cpu", backend="onnx")
 
 
