@@ -46,8 +46,6 @@ WAYS = {  # of labelling: name to flags
     "default": {},
     "ctci": {"preset": "ctci"},
     "ctci-code": {"preset": "ctci-code"},
-    "ctci, all markers": {"preset": "ctci", "ws_markers": "all"},
-    "ctci-code, all": {"preset": "ctci-code", "ws_markers": "all"},
 }
 PLAIN = "plain lines"
 BRIGHT = 0.5  # of the range: a picture whose median is brighter is stained, a darker one is fluorescence
