@@ -78,13 +78,40 @@ def wrap_network(model: bytes, config: ModelConfig, shell: Shell) -> bytes:
     before = _before(nodes, config, shell)
     split = len(nodes.made)
     _after(nodes, config, shell, before)
-    body = list(graph.node)
+    body = _in_order(graph.node)
     del graph.node[:]
     graph.node.extend([*nodes.made[:split], *body, *nodes.made[split:]])
     graph.initializer.extend(nodes.constants)
     _declare(graph, config, shell)
     onnx.checker.check_model(proto)
     return proto.SerializeToString()
+
+
+def _in_order(nodes: Sequence[Any]) -> list[Any]:
+    """Nodes after those whose values they take; the conversion to float16 leaves casts at the end."""
+    made = {name for node in nodes for name in node.output if name}
+    waiting, ordered = list(nodes), list[Any]()
+    known: set[str] = set()
+    while waiting:
+        later: list[Any] = []
+        for node in waiting:  # keep the order that is there wherever it is right
+            if (_needs(node) & made) - known:
+                later.append(node)
+            else:
+                ordered.append(node)
+                known.update(node.output)
+        assert len(later) < len(waiting), "a graph has no circles"
+        waiting = later
+    return ordered
+
+
+def _needs(node: Any) -> set[str]:
+    """Names that a node takes, those inside its own graphs too."""
+    names = set(node.input)
+    for attribute in node.attribute:
+        for inner in [attribute.g] if attribute.HasField("g") else attribute.graphs:
+            names.update(name for each in inner.node for name in _needs(each))
+    return names
 
 
 class Nodes:

@@ -12,7 +12,7 @@ from classes import ClassMap
 from dataset import load_pair
 from export_graph import Shell
 from image_io import normalise, resize_image, resize_mask
-from pairing import DatasetError, FileOptions, find_split
+from pairing import SPLITS, DatasetError, FileOptions, find_split
 from slide_windows import SlideOptions, is_slide
 from tiling import reflect_index, round_up
 from trainer import build_scorer
@@ -31,17 +31,24 @@ class Tile:
     mask: np.ndarray | None
 
 
-def load_tiles(folder: Path, config: ModelConfig, count: int) -> list[Tile]:
+def load_tiles(folder: Path, config: ModelConfig, count: int, *, split: str = "val") -> list[Tile]:
     """One tile from the middle of each of so many images, evenly spread over a split in the order of their names.
 
     Args:
-        folder: with images/, or a data set whose val/ is taken.
+        folder: a split folder, all of which is taken, or the root of a data set. One without val/ is split by name as
+            in training.
+        split: train or val, of a root.
 
     Raises:
         DatasetError: no image there can be used; says why for each.
     """
     options = FileOptions(config.add_dirs, val_share=config.val_share, group_pattern=config.group_pattern)
-    listing = find_split(folder, None if (folder / "images").is_dir() else "val", options)
+    try:
+        listing = find_split(folder, None if folder.resolve().name in SPLITS else split, options)
+    except DatasetError:
+        if not (folder / "images").is_dir():
+            raise
+        listing = find_split(folder, None, options)  # too few images to keep some for validation
     slides, classes = SlideOptions.from_config(config), ClassMap.from_config(config)
     last = len(listing.pairs) - 1
     chosen = sorted({round(place) for place in np.linspace(0, last, count)}) if listing.pairs else []

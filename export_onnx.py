@@ -13,6 +13,7 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     cli.add_checkpoint_args(parser, every=True)
     cli.add_threshold_args(parser)
     add_file_args(parser)
+    add_quantise_args(parser)
     add_proof_args(parser)
     return parser
 
@@ -71,11 +73,43 @@ def add_file_args(parser: argparse.ArgumentParser) -> None:
     cli.add_switch(group, "--overwrite", help="replace a file that is no export of Tessera")
 
 
+def add_quantise_args(parser: argparse.ArgumentParser) -> None:
+    """Add what is written in fewer bits, and when it is kept."""
+    group = parser.add_argument_group("fewer bits")
+    group.add_argument(
+        "--quantize",
+        choices=("int8-static", "int8-dynamic", "fp16"),
+        help="also write FILE.KIND.onnx, if it is faster and loses little IoU on -ds",
+    )
+    group.add_argument(
+        "--calibration-method",
+        choices=("min-max", "entropy", "percentile"),
+        default="min-max",
+        help="how int8-static finds the range of activations",
+    )
+    group.add_argument(
+        "--max-iou-drop", type=cli.share, default=0.01, metavar="X", help="IoU that may be lost; layers stay in float"
+    )
+    group.add_argument(
+        "--for",
+        dest="target",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="cuda: fp16, measured on the GPU; without one it is written as unmeasured",
+    )
+
+
 def add_proof_args(parser: argparse.ArgumentParser) -> None:
     """Add what the file is compared and timed on."""
     group = parser.add_argument_group("proof and report")
     group.add_argument(
         "-ds", "--dataset", type=Path, metavar="DIR", help="real images; with masks the report holds IoU too"
+    )
+    group.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="DIR",
+        help="training images that --quantize looks at; default: those of -ds",
     )
     group.add_argument("--tiles", type=cli.positive_int, default=16, metavar="N", help="images of -ds to try it on")
 
@@ -133,6 +167,12 @@ def check_flags(args: argparse.Namespace) -> None:
         raise cli.UsageError("--input-dtype is the type of raw pixels: give --with-preprocessing too")
     if args.thres != 0.5 and args.with_postprocessing != "mask":
         raise cli.UsageError("-t decides masks: give --with-postprocessing mask too, or leave it out")
+    if args.target == "cuda" and args.quantize not in (None, "fp16"):
+        raise cli.UsageError(f"--for cuda writes fp16, found --quantize {args.quantize}: use fp16, or --for cpu")
+    if args.quantize and args.target == "cpu" and not args.dataset:
+        raise cli.UsageError("--quantize needs -ds DIR: images with masks, to see what it costs")
+    if args.calibration and not args.quantize:
+        raise cli.UsageError("--calibration is for --quantize: give it too, or leave it out")
     if args.fixed_size and len(args.fixed_size) > 2:
         raise cli.UsageError(f"--fixed-size takes a side, or height and width; found {len(args.fixed_size)} numbers")
 
@@ -247,7 +287,8 @@ def export_one(path: Path, target: Path, args: argparse.Namespace) -> list[dict[
     script = None
     if args.torchscript:
         script = write_script(target.with_suffix(".pt"), network, config, made, tiles)
-    return measure(path, target, network, made, tiles, script)
+    smaller = quantised_file(target, config, made, args, tiles) if args.quantize or args.target == "cuda" else {}
+    return measure(path, {"onnx": target, **smaller}, network, made, tiles, script)
 
 
 def export_network(
@@ -367,11 +408,102 @@ def write_script(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Fewer bits
+
+
+def quantised_file(
+    target: Path, config: "ModelConfig", made: Export, args: argparse.Namespace, tiles: Sequence["Tile"]
+) -> dict[str, Path]:
+    """Write the network in fewer bits beside its file if that pays; returns variant and file, or nothing.
+
+    Raises:
+        cli.UsageError, ValueError: no masks to measure it with, or no tiles to calibrate it on.
+    """
+    from export_graph import wrap_network
+    from image_io import atomic_write
+    from onnx_export import DESCRIPTION, describe, read_metadata
+
+    kind = args.quantize or "fp16"
+    bare, entries = (
+        half_unmeasured(made) if kind == "fp16" and unmeasured(args) else reduce_bits(config, made, args, tiles)
+    )
+    if bare is None:
+        return {}
+    metadata = {**read_metadata(bare), **made.shell.metadata(), **entries, "quantised": kind}
+    metadata.pop(DESCRIPTION)
+    place = target.with_name(f"{target.stem}.{kind}.onnx")
+    with atomic_write(place) as file:
+        file.write(describe(wrap_network(bare, config, made.shell), made.config, **metadata))
+    print(f"{place}: {entries['measured']}")
+    return {kind: place}
+
+
+def unmeasured(args: argparse.Namespace) -> bool:
+    """Whether a file for a GPU is asked for and there is none to measure it on."""
+    import onnxruntime
+
+    return args.target == "cuda" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers()
+
+
+def half_unmeasured(made: Export) -> tuple[bytes, dict[str, str]]:
+    """The network in float16, for a GPU that is not here."""
+    from quantisation import to_half
+
+    return to_half(made.bare), {"measured": "unmeasured: fp16 for CUDA, and there is no GPU here"}
+
+
+def reduce_bits(
+    config: "ModelConfig", made: Export, args: argparse.Namespace, tiles: Sequence["Tile"]
+) -> tuple[bytes | None, dict[str, str]]:
+    """The network in fewer bits and what was measured, or nothing with the reason printed."""
+    from export_graph import Shell, file_runner, frame_of, pad_to
+    from export_measure import load_tiles, pad_tile, score_tiles
+    from export_proof import model_runner
+    from quantisation import compare_speed, find_vnni, quantise
+
+    size = frame_of(made.shell.size, config) if made.shell.size else None
+
+    def score(model: bytes) -> float:
+        forward = file_runner(model_runner(model), config, Shell(size=size))
+        iou = score_tiles(forward, tiles, made.config, made.shell.threshold)
+        if iou is None:
+            raise ValueError(f"--quantize: {args.dataset} has no masks; expected some, to see what fewer bits cost")
+        return iou
+
+    chosen = load_tiles(args.calibration or args.dataset, made.config, args.tiles, split="train")
+    batches = [pad_tile(tile.pixels, made.config) for tile in chosen]
+    batches = [pad_to(batch, size) for batch in batches] if size else batches
+    result = quantise(
+        made.bare,
+        config,
+        args.quantize or "fp16",
+        calibration=batches,
+        measure=score,
+        max_drop=args.max_iou_drop,
+        method=args.calibration_method,
+        race=partial(compare_speed, device=args.target),
+    )
+    print(f"{args.quantize or 'fp16'} {'kept' if result.kept else 'refused'}: {result.reason}; VNNI: {find_vnni()}")
+    figures = f"IoU {result.iou_before:.4f} to {result.iou_after:.4f}, {result.seconds_before:.4f} to "
+    entries = {
+        "measured": f"{figures}{result.seconds_after:.4f} s on {args.target}",
+        "float_layers": " ".join(result.float_layers),
+        "vnni": find_vnni(),
+    }
+    return (result.model if result.kept else None), entries
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Report
 
 
 def measure(
-    path: Path, target: Path, network: "nn.Module", made: Export, tiles: Sequence["Tile"], script: Path | None
+    path: Path,
+    exports: dict[str, Path],
+    network: "nn.Module",
+    made: Export,
+    tiles: Sequence["Tile"],
+    script: Path | None,
 ) -> list[dict[str, Any]]:
     """Size, latency of one tile and IoU of the checkpoint and of everything that was made of it."""
     import torch
@@ -382,19 +514,16 @@ def measure(
     from torchscript import script_runner
 
     config, shell = made.config, made.shell
-    forwards = {
-        "torch": padded(torch_forward(network, "cpu", config.activation), config, shell),
-        "onnx": onnx_forward(target, "cpu")[1],
-    }
-    files = {"torch": path, "onnx": target}
     taken = make_input(config, shell, tiles)
-    run = model_runner(made.model)
     image = make_input(config, replace(shell, pixels=""), tiles)
-    calls: dict[str, Callable[[], object]] = {"torch": lambda: forwards["torch"](image), "onnx": lambda: run(taken)}
+    torch_run = padded(torch_forward(network, "cpu", config.activation), config, shell)
+    forwards = {"torch": torch_run, **{name: onnx_forward(file, "cpu")[1] for name, file in exports.items()}}
+    files = {"torch": path, **exports}
+    calls: dict[str, Callable[[], object]] = {"torch": partial(torch_run, image)}
+    calls |= {name: partial(model_runner(file.read_bytes()), taken) for name, file in exports.items()}
     if script:
         files["torchscript"] = script
-        scripted = script_runner(script.read_bytes())
-        calls["torchscript"] = lambda: scripted(taken)
+        calls["torchscript"] = partial(script_runner(script.read_bytes()), taken)
     seconds = time_calls(calls)
     rows = []
     for name, file in files.items():

@@ -344,6 +344,39 @@ def test_two_exports_to_one_file_at_once(tmp_path):
     assert onnx_export.read_description(tmp_path / "out" / "net.onnx").config == config
 
 
+def test_fewer_bits_are_kept_beside_the_file_or_refused_with_figures(tmp_path, capsys, monkeypatch):
+    import quantisation
+
+    path, _, _ = network_of(tmp_path)
+    split, out = write_split(tmp_path / "val"), tmp_path / "net.onnx"
+    words = ["-c", path, "-o", out, "-ds", split, "--quantize", "int8-dynamic", "--with-preprocessing"]
+    words = [*map(str, words), "--max-iou-drop", "0.2"]
+    for factor, kept in ((0.5, True), (2.0, False)):
+        monkeypatch.setattr(quantisation, "compare_speed", lambda *_, factor=factor, **__: (1.0, factor))
+        export_onnx.main(words)
+        text = capsys.readouterr().out
+        place = tmp_path / "net.int8-dynamic.onnx"
+        assert f"int8-dynamic {'kept' if kept else 'refused'}: " in text and "VNNI: " in text
+        assert place.exists() == kept
+        if kept:
+            metadata = onnx_export.read_description(place).metadata
+            assert metadata["quantised"] == "int8-dynamic" and "1.0000 to 0.5000 s on cpu" in metadata["measured"]
+            predict.main(["-c", str(place), "-i", str(split / "images"), "-o", str(tmp_path / "small")])
+            rows = json.loads((tmp_path / "report.json").read_text())["exports"]
+            assert [row["variant"] for row in rows] == ["torch", "onnx", "int8-dynamic"]
+            assert all(row["iou"] is not None for row in rows)
+            place.unlink()
+
+
+def test_half_precision_for_a_gpu_that_is_not_here_is_marked(tmp_path, capsys, monkeypatch):
+    path, _, _ = network_of(tmp_path)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    export_onnx.main(["-c", str(path), "--for", "cuda"])
+    assert "unmeasured: fp16 for CUDA" in capsys.readouterr().out
+    metadata = onnx_export.read_description(path.with_name("run.fp16.onnx")).metadata
+    assert metadata["quantised"] == "fp16" and metadata["measured"].startswith("unmeasured")
+
+
 # ---- bad input ----
 
 
@@ -366,6 +399,9 @@ def test_flags_that_do_not_go_together(tmp_path, capsys):
         (["-d", path.parent, "-o", tmp_path / "one.onnx"], "is one file and -d exports all checkpoints"),
         (["-c", tmp_path / "net.onnx"], "is an ONNX file already; expected the checkpoint"),
         (["-c", path, "-o", path], "is a file whose name does not end in .onnx"),
+        (["-c", path, "--quantize", "fp16"], "--quantize needs -ds DIR: images with masks"),
+        (["-c", path, "--quantize", "int8-static", "--for", "cuda"], "--for cuda writes fp16, found --quantize int8"),
+        (["-c", path, "--calibration", path.parent], "--calibration is for --quantize"),
         ([], "one of the arguments -c/--check-path"),
     ]
     for words, message in cases:
@@ -391,6 +427,18 @@ def test_files_that_cannot_be_exported(tmp_path, capsys):
         code, text = refusal(capsys, words)
         assert code == 1 and message in text, text
     assert not path.with_suffix(".onnx").exists()
+
+
+def test_calibration_without_images_and_scores_without_masks(tmp_path, capsys):
+    path, _, _ = network_of(tmp_path)
+    split = write_split(tmp_path / "val")
+    (tmp_path / "train" / "images").mkdir(parents=True)
+    words = ["-c", path, "-o", tmp_path / "net.onnx", "-ds", split, "--quantize", "int8-static"]
+    code, text = refusal(capsys, [*words, "--calibration", tmp_path / "train"])
+    assert code == 1 and str(tmp_path / "train") in text and "image" in text
+    (split / "gt").rename(tmp_path / "elsewhere")
+    code, text = refusal(capsys, words)
+    assert code == 1 and "has no masks; expected some, to see what fewer bits cost" in text
 
 
 def test_steps_that_no_operator_computes(tmp_path, capsys):
