@@ -309,6 +309,10 @@ def load_forward(
         RuntimeError: backend is onnx and the export failed.
     """
     _check_choices(path, backend, amp)
+    if device.startswith("tensorrt") and not is_onnx(path):
+        if backend == "torch":
+            raise ValueError("--device tensorrt runs ONNX files: use --backend onnx, or --device cuda")
+        backend = "onnx"
     if is_onnx(path):
         return *onnx_forward(path, device), f"ONNX Runtime on {device}"
     if backend == "torch" or (backend == "auto" and (device != "cpu" or amp != "no")):

@@ -93,7 +93,10 @@ def add_run_args(
 def add_device_args(group: argparse._ArgumentGroup) -> None:
     """Add where networks run, see pick_device."""
     group.add_argument(
-        "--device", default="auto", metavar="NAME", help="auto (cuda, then mps, then cpu), cpu, cuda, cuda:N or mps"
+        "--device",
+        default="auto",
+        metavar="NAME",
+        help="auto (cuda, then mps, then cpu), cpu, cuda, cuda:N, mps, or for ONNX tensorrt",
     )
     add_switch(group, "--cpu", help="the same as --device cpu")
 
@@ -449,8 +452,8 @@ def pick_device(name: str, cpu: bool = False) -> str:
             return "cuda"
         return "mps" if torch.backends.mps.is_available() else "cpu"
     kind, _, number = name.partition(":")
-    if kind not in ("cpu", "cuda", "mps"):
-        raise UsageError(f"--device {name} is unknown; expected auto, cpu, cuda, cuda:N or mps")
+    if kind not in ("cpu", "cuda", "mps", "tensorrt"):
+        raise UsageError(f"--device {name} is unknown; expected auto, cpu, cuda, cuda:N, mps or tensorrt")
     if not (number or "0").isdecimal():
         raise UsageError(f"--device {name}: {number!r} is no number of a device; expected such as cuda:1")
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():

@@ -70,7 +70,7 @@ def add_file_args(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--opset", type=opset, default=18, metavar="N", help="version of ONNX's operators, 13 to 23")
     cli.add_switch(group, "--torchscript", help="also write FILE.pt, the same as TorchScript")
-    cli.add_switch(group, "--overwrite", help="replace a file that is no export of Tessera")
+    cli.add_switch(group, "--replace", help="replace a file that is no export of Tessera")
 
 
 def add_quantise_args(parser: argparse.ArgumentParser) -> None:
@@ -103,7 +103,7 @@ def add_proof_args(parser: argparse.ArgumentParser) -> None:
     """Add what the file is compared and timed on."""
     group = parser.add_argument_group("proof and report")
     group.add_argument(
-        "-ds", "--dataset", type=Path, metavar="DIR", help="real images; with masks the report holds IoU too"
+        "-ds", "--real-images", type=Path, metavar="DIR", help="real images; with masks the report holds IoU too"
     )
     group.add_argument(
         "--calibration",
@@ -169,7 +169,7 @@ def check_flags(args: argparse.Namespace) -> None:
         raise cli.UsageError("-t decides masks: give --with-postprocessing mask too, or leave it out")
     if args.target == "cuda" and args.quantize not in (None, "fp16"):
         raise cli.UsageError(f"--for cuda writes fp16, found --quantize {args.quantize}: use fp16, or --for cpu")
-    if args.quantize and args.target == "cpu" and not args.dataset:
+    if args.quantize and args.target == "cpu" and not args.real_images:
         raise cli.UsageError("--quantize needs -ds DIR: images with masks, to see what it costs")
     if args.calibration and not args.quantize:
         raise cli.UsageError("--calibration is for --quantize: give it too, or leave it out")
@@ -210,13 +210,13 @@ def find_target(path: Path, args: argparse.Namespace) -> Path:
     if not is_onnx(out) and out.is_file():
         raise cli.UsageError(f"-o {out} is a file whose name does not end in .onnx; expected FILE.onnx or a folder")
     target = out if is_onnx(out) else out / f"{stem}.onnx"
-    if target.exists() and not args.overwrite:
+    if target.exists() and not args.replace:
         try:
             read_description(target)
         except (OSError, ValueError) as error:
             raise FileExistsError(
                 f"{target} is there and is no export of Tessera; expected a free name or an older export. Give another "
-                "-o, or --overwrite to replace it"
+                "-o, or --replace to put this one in its place"
             ) from error
     return target
 
@@ -276,7 +276,7 @@ def export_one(path: Path, target: Path, args: argparse.Namespace) -> list[dict[
     shell = shell_of(args, config)
     print(f"checkpoint {path}: {config.architecture} {config.encoder}, {config.geometry.kind}")
     fitted = fit_config(config, shell.size) if shell.size else config
-    tiles = load_tiles(args.dataset, fitted, args.tiles) if args.dataset else []
+    tiles = load_tiles(args.real_images, fitted, args.tiles) if args.real_images else []
     check_pixels(tiles, shell)
     made = export_network(network, config, shell, args, tiles, file_digest(path))
     with atomic_write(target) as file:
@@ -467,10 +467,10 @@ def reduce_bits(
         forward = file_runner(model_runner(model), config, Shell(size=size))
         iou = score_tiles(forward, tiles, made.config, made.shell.threshold)
         if iou is None:
-            raise ValueError(f"--quantize: {args.dataset} has no masks; expected some, to see what fewer bits cost")
+            raise ValueError(f"--quantize: {args.real_images} has no masks; expected some, to see what fewer bits cost")
         return iou
 
-    chosen = load_tiles(args.calibration or args.dataset, made.config, args.tiles, split="train")
+    chosen = load_tiles(args.calibration or args.real_images, made.config, args.tiles, split="train")
     batches = [pad_tile(tile.pixels, made.config) for tile in chosen]
     batches = [pad_to(batch, size) for batch in batches] if size else batches
     result = quantise(

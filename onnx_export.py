@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -134,12 +135,18 @@ def _quiet() -> Iterator[None]:
     """Exporters print pages of progress and warnings; what matters is in the error."""
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
+    sys.stdout.flush()
+    shown = os.dup(1)  # what is written below Python, such as the whole graph where an operator is missing
     try:
+        with open(os.devnull, "w") as nowhere:  # noqa: PTH123
+            os.dup2(nowhere.fileno(), 1)
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             with contextlib.redirect_stderr(io.StringIO()):
                 yield
     finally:
+        os.dup2(shown, 1)
+        os.close(shown)
         logging.disable(level)
 
 
@@ -289,7 +296,8 @@ def read_description(path: Path, content: bytes | None = None) -> Description:
     if DESCRIPTION not in metadata:
         raise ValueError(
             f"{path} has no metadata of Tessera, such as channels, classes and statistics: expected a file exported "
-            "from a checkpoint by Tessera. Pass the checkpoint (.pth) instead; it is exported when that pays"
+            "from a checkpoint by Tessera. Pass the checkpoint (.pth) instead, with -c or -cd; it is exported when "
+            "that pays, and export_onnx.py -c CHECKPOINT -o FILE.onnx writes a file that says all this"
         )
     try:
         return Description(config_from_dict(json.loads(metadata[DESCRIPTION])), metadata)
@@ -323,7 +331,7 @@ def make_session(model: bytes, device: str) -> Session:
     """Load an ONNX file into ONNX Runtime, on as many threads as PyTorch uses.
 
     Args:
-        device: cpu, cuda or cuda:N.
+        device: cpu, cuda, cuda:N or tensorrt.
 
     Raises:
         ValueError: no such provider in the installed package, or it cannot run the file.
@@ -357,20 +365,21 @@ def find_provider(device: str) -> tuple[str, dict[str, str]]:
     kind, _, number = device.partition(":")
     if kind == "cpu":
         return "CPUExecutionProvider", {}
-    if kind != "cuda":
+    names = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+    if kind not in names:
         raise ValueError(
-            f"--backend onnx runs on cpu and cuda, found --device {device}: use --cpu, or a checkpoint with "
+            f"--backend onnx runs on cpu, cuda and tensorrt, found --device {device}: use --cpu, or a checkpoint with "
             "--backend torch"
         )
     import onnxruntime
 
     available = onnxruntime.get_available_providers()
-    if "CUDAExecutionProvider" not in available:
+    if names[kind] not in available:
         raise ValueError(
             f"--backend onnx on {device}: the installed onnxruntime has {', '.join(available)}, expected "
-            "CUDAExecutionProvider. Install onnxruntime-gpu in its place, or use --cpu, or --backend torch"
+            f"{names[kind]}. Install onnxruntime-gpu in its place, or use --cpu, or --backend torch"
         )
-    return "CUDAExecutionProvider", {"device_id": number or "0"}
+    return names[kind], {"device_id": number or "0"}
 
 
 def usable_threads() -> int:

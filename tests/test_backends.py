@@ -434,7 +434,7 @@ def test_backends_and_devices_that_cannot_be(exported, checkpoint, tmp_path):
     with pytest.raises(ValueError, match="run.onnx is an ONNX file, which --backend torch cannot run"):
         load_forward(path, "cpu", backend="torch")
     for file in (path, checkpoint):
-        with pytest.raises(ValueError, match="onnx runs on cpu and cuda, found --device mps: use --cpu"):
+        with pytest.raises(ValueError, match="onnx runs on cpu, cuda and tensorrt, found --device mps: use --cpu"):
             load_forward(file, "mps", backend="onnx")
     with pytest.raises(ValueError, match="unknown backend 'tensorrt', expected one of auto, torch, onnx"):
         load_forward(path, "cpu", backend="tensorrt")

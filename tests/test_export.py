@@ -441,6 +441,21 @@ def test_calibration_without_images_and_scores_without_masks(tmp_path, capsys):
     assert code == 1 and "has no masks; expected some, to see what fewer bits cost" in text
 
 
+@pytest.mark.parametrize(("device", "provider"), [("cuda", "CUDAExecution"), ("tensorrt", "TensorrtExecution")])
+def test_a_provider_that_is_not_installed(plain, tmp_path, monkeypatch, device, provider):
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    path = tmp_path / "net.onnx"
+    path.write_bytes(onnx_export.describe(wrap_network(plain[2], plain[0], Shell()), plain[0]))
+    with pytest.raises(ValueError, match=f"has CPUExecutionProvider, expected {provider}Provider. Install onnx"):
+        backends.load_forward(path, device, backend="auto")
+
+
+def test_tensorrt_is_for_files_of_onnx(tmp_path):
+    path, _, _ = network_of(tmp_path)
+    with pytest.raises(ValueError, match="--device tensorrt runs ONNX files: use --backend onnx, or --device cuda"):
+        backends.load_forward(path, "tensorrt", backend="torch")
+
+
 def test_steps_that_no_operator_computes(tmp_path, capsys):
     path, _, _ = network_of(tmp_path, preprocess=("clahe",))
     code, text = refusal(capsys, ["-c", path, "--with-preprocessing"])
@@ -452,10 +467,10 @@ def test_what_the_user_put_there_stays(tmp_path, capsys):
     place = path.with_suffix(".onnx")
     place.write_text("mine")
     code, text = refusal(capsys, ["-c", path])
-    assert code == 1 and "is there and is no export of Tessera" in text and "--overwrite" in text
+    assert code == 1 and "is there and is no export of Tessera" in text and "--replace" in text
     assert place.read_text() == "mine"
     (path.parent / "report.json").write_text('{"mine": 1}')
-    export_onnx.main(["-c", str(path), "--overwrite"])
+    export_onnx.main(["-c", str(path), "--replace"])
     assert "report.json is there and is no report of exports; it stays" in capsys.readouterr().out
     assert (path.parent / "report.json").read_text() == '{"mine": 1}'
     export_onnx.main(["-c", str(path)])
