@@ -12,7 +12,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from annotation.instances import number_values
+from annotation.instances import number_instances, number_values
 from annotation.score_options import ScoreOptions
 from image_io import ImageError, list_images, read_mask, write_text
 from object_metrics import OBJECT_IOUS, ObjectScores, object_scores
@@ -67,12 +67,12 @@ class References:
             )
         objects = to_objects(mask, self.options.kind, self.options.value)
         if self.options.kind == "auto" and self.options.value is None:
-            self._doubt(path, mask, int(objects.max(initial=0)))
+            self._doubt(path, objects)
         return objects
 
-    def _doubt(self, path: Path, mask: np.ndarray, count: int) -> None:
-        """Say so when a file that is taken as a label map looks like classes."""
-        pieces = cv2.connectedComponents((mask != 0).astype(np.uint8), connectivity=4)[0] - 1
+    def _doubt(self, path: Path, objects: np.ndarray) -> None:
+        """Say so when a file that is taken as a label map looks like classes: its objects lie in many pieces."""
+        count, pieces = int(objects.max(initial=0)), len(number_instances(objects, 1.0, "reference", pieces="all"))
         if count and pieces > MANY_PIECES * count:
             self.notes.append(
                 f"{path} is taken as a label map of {count} objects, which lie in {pieces} pieces: if its values are "

@@ -92,6 +92,15 @@ def test_a_mask_is_split_into_components_and_a_label_map_is_not():
     assert to_objects(np.zeros((3, 3), np.uint8)).max() == 0
 
 
+def test_classes_that_touch_are_doubted_too(tmp_path):
+    classes = np.full((60, 60), 2, np.uint8)  # rims around everything: the foreground is one piece
+    classes[1::6, 1::6] = 1
+    write_mask(tmp_path / "rims.png", classes)
+    references = References(ScoreOptions(tmp_path))
+    references.read("rims")
+    assert "label map of 2 objects, which lie in 101 pieces" in references.notes[0]
+
+
 def test_classes_that_are_taken_as_objects_are_doubted(tmp_path):
     classes = np.zeros((40, 40), np.uint8)
     classes[::5, ::5], classes[20, 20] = 1, 2
