@@ -178,15 +178,18 @@ def annotate_found(
     videos: Sequence[Path],
 ) -> list[str]:
     """Annotate pictures and the frames of videos; return what went wrong."""
-    from annotation import score_options
+    from annotation import score_options, scoring
     from annotation.files import remove_leftovers
 
+    against = score_options.options_from(args)
     remove_leftovers(files)
     frames, failures = take_frames(videos, files.folder, args)
     stems, doubled = name_pictures([*pictures, *(path for each in frames.values() for path in each)])
     failures += doubled
     if not stems:
         return failures
+    if against.folder:
+        scoring.References(against).common(stems)  # says now, and not in the end, that none fits
     if args.tune:
         engines = tune_engines(args, engines, stems, files.folder, failures)
     task = make_task(args, engines, files, stems, list(frames.values()))
@@ -198,7 +201,6 @@ def annotate_found(
     write_results(args, argv, files, records, stems)
     print(summary_of(records))
     failures += finish_videos(videos, files, records, args)
-    against = score_options.options_from(args)
     if against.folder:
         failures += print_scores(files, against, [record["stem"] for record in records])
     try:

@@ -79,6 +79,21 @@ class References:
                 "classes, give --against-kind masks, or the class that counts with --against-value N"
             )
 
+    def common(self, stems: Iterable[str]) -> list[str]:
+        """The images that have a reference.
+
+        Raises:
+            ValueError: none has.
+        """
+        stems = list(stems)
+        both = [stem for stem in stems if stem in self]
+        if not both:
+            raise ValueError(
+                f"no image has a reference in {self.folder}: the images are {', '.join(sorted(stems)[:3])}, the "
+                f"references {', '.join(sorted(self.files)[:3])}; files pair by stem"
+            )
+        return both
+
     def missing(self, stems: Iterable[str]) -> list[str]:
         """What has no partner, in words: images without a reference, and references without an image."""
         stems = set(stems)
@@ -324,12 +339,7 @@ def score_files(found: Mapping[str, Path], options: ScoreOptions) -> tuple[Score
     """
     references = References(options)
     failures = references.missing(found)
-    both = [stem for stem in found if stem in references]
-    if not both:
-        raise ValueError(
-            f"no image has a reference in {references.folder}: the images are {', '.join(sorted(found)[:3])}, the "
-            f"references {', '.join(sorted(references.files)[:3])}; files pair by stem"
-        )
+    both = references.common(found)
     board = ScoreBoard(options.group_pattern)
     for stem in both:
         try:
