@@ -265,7 +265,10 @@ def test_every_end_of_the_space_runs(name):
     values = SPACE[name]
     field = name.removeprefix("ws_")
     for value in values[:2] if isinstance(values, tuple) else values:
-        segment(picture, WatershedOptions(**{field: value}))
+        found = segment(picture, WatershedOptions(**{field: value}))
+        numbers = np.unique(found.labels[found.labels > 0])
+        np.testing.assert_array_equal(numbers, np.arange(1, len(found) + 1))
+        assert len(found.scores) == len(found) and ((found.scores >= 0) & (found.scores <= 1)).all()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
