@@ -411,6 +411,8 @@ def annotate_one(path: Path) -> dict[str, Any] | str:
         if os.environ.get("TESSERA_TRACEBACK") == "1":
             raise
         text = cli.plain_message(error) or type(error).__name__
+        if not isinstance(error, (OSError, ValueError, RuntimeError)):  # not foreseen: a defect of ours
+            text = f"{type(error).__name__}: {text}; TESSERA_TRACEBACK=1 shows where"
         return text if str(path) in text else f"{path}: {text}"
 
 

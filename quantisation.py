@@ -181,6 +181,7 @@ class _Trial:
     tiles: Sequence[np.ndarray]  # single ones, (1, C, h, w)
 
     def run(self, layers: dict[str, tuple[str, ...]], config: ModelConfig) -> Quantised:
+        """Convert everything; where that is faster but loses too much, leave layers in float, and judge the result."""
         before = self.measure(self.model)
         found = self.convert(())
         iou = self.measure(found)
@@ -359,6 +360,7 @@ def _static(prepared: Path, tiles: Iterator[np.ndarray], method: str) -> Convert
     narrow = find_vnni() == "none" and platform.machine() in ("x86_64", "AMD64")
 
     def convert(floats: Collection[str]) -> bytes:
+        """The network with all but some layers in int8."""
         # Without VNNI, x86 adds pairs of products in 16 bits, which overflow unless weights keep to 7 bits.
         quantizer = QDQQuantizer(
             load_model_with_shape_infer(prepared),

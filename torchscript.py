@@ -36,6 +36,7 @@ class _Shelled(nn.Module):
         self.register_buffer("std", torch.tensor(config.std, dtype=torch.float32).clamp_min(1e-6))
 
     def forward(self, image: Tensor) -> Tensor:
+        """Logits or probabilities (N, K, H, W), or a mask (N, H, W), of (N, C, H, W) or, raw, (N, H, W, C)."""
         if self.raw:
             image = ((image.to(torch.float32) - self.mean) / self.std).permute(0, 3, 1, 2)
         height, width = image.shape[2], image.shape[3]

@@ -617,7 +617,10 @@ def test_an_error_that_nobody_foresaw_costs_its_picture_alone(tmp_path, pictures
     monkeypatch.setattr(annotation.watershed, "segment", fails)
     write_image(pictures / "p1b.png", draw(7)[0][:33])
     err = stopped(1, capsys, "--images", pictures, "-o", tmp_path / "out")
-    assert "p1b.png: index 7 is out of bounds" in err and report(tmp_path / "out")["images"] == 3
+    assert (
+        "p1b.png: IndexError: index 7 is out of bounds; TESSERA_TRACEBACK=1 shows where" in err
+        and report(tmp_path / "out")["images"] == 3
+    )
 
 
 def test_two_pictures_of_one_stem(tmp_path, pictures, capsys):
