@@ -115,9 +115,10 @@ def _needs(node: Any) -> set[str]:
 
 
 class Nodes:
-    """Collects nodes of a graph; every method that adds one returns the name of its output."""
+    """Collects nodes of a graph; every method that adds one returns the name of its output, which begins as given."""
 
-    def __init__(self) -> None:
+    def __init__(self, begin: str = "shell") -> None:
+        self.begin = begin
         self.made: list[Any] = []
         self.constants: list[Any] = []
 
@@ -125,7 +126,7 @@ class Nodes:
         """Add a node with one output."""
         import onnx
 
-        name = name or f"shell_{len(self.made)}_{kind}"
+        name = name or f"{self.begin}_{len(self.made)}_{kind}"
         self.made.append(onnx.helper.make_node(kind, list(inputs), [name], name=f"node_{name}", **attributes))
         return name
 
@@ -133,7 +134,7 @@ class Nodes:
         """Add a constant."""
         import onnx
 
-        name = f"shell_constant_{len(self.constants)}"
+        name = f"{self.begin}_constant_{len(self.constants)}"
         self.constants.append(onnx.numpy_helper.from_array(np.asarray(value), name))
         return name
 
@@ -190,7 +191,9 @@ def _after(nodes: Nodes, config: ModelConfig, shell: Shell, sides: dict[int, str
         return
     alone = config.num_logits == 1
     last = "probabilities" if shell.output == "probabilities" else ""
-    if config.activation == "sigmoid" or (config.activation == "auto" and alone):
+    if config.activation == "none":
+        value = nodes.add("Identity", value, name=last)
+    elif config.activation == "sigmoid" or (config.activation == "auto" and alone):
         value = nodes.add("Sigmoid", value, name=last)
     else:
         value = nodes.add("Softmax", value, name=last, axis=1)

@@ -140,10 +140,12 @@ def to_probabilities(logits: Tensor, activation: str = "auto") -> Tensor:
     Args:
         logits: (N, K, H, W), any float type.
         activation: "auto" is sigmoid for K = 1, else softmax over K. "sigmoid" makes the channels independent, as
-            the predecessor's networks of several classes need it.
+            the predecessor's networks of several classes need it; "none" is for values that are probabilities already.
     """
     if activation == "auto":
         activation = "sigmoid" if logits.shape[1] == 1 else "softmax"
+    if activation == "none":
+        return logits.float()
     if activation == "sigmoid":
         return logits.float().sigmoid()
     if activation == "softmax" and logits.shape[1] > 1:
