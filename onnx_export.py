@@ -343,6 +343,8 @@ def make_session(model: bytes, device: str) -> Session:
     options.intra_op_num_threads = usable_threads()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = 4  # its errors come as exceptions too
+    # Its threads spin for tens of milliseconds after a run, and would take a core from whatever comes next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         session = onnxruntime.InferenceSession(model, options, providers=[provider])
     except Exception as error:  # its errors have no common class
