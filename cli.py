@@ -2,7 +2,6 @@
 
 import argparse
 import importlib.metadata
-import json
 import math
 import os
 import platform
@@ -14,6 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import settings
 
 VERSION = "0.1.0"
 ROOT = Path(__file__).resolve().parent
@@ -169,15 +170,20 @@ def add_filter_args(parser: argparse.ArgumentParser) -> None:
 def add_tile_args(parser: argparse.ArgumentParser) -> None:
     """Add how images are cut and blended; without a flag it is the checkpoint's way."""
     group = parser.add_argument_group("tiles")
+    add_tile_side_args(group)
+    group.add_argument("--halo", type=natural, metavar="N", help="pixels along inner edges that get no weight")
+    group.add_argument("--blend", choices=("hann", "gaussian", "constant"), help="weight of a tile's pixels")
+    group.add_argument("--tta", choices=("none", "flips", "d4"), help="mean over 4 mirrored or 8 turned views")
+
+
+def add_tile_side_args(group: argparse._ArgumentGroup) -> None:
+    """Add how large tiles are and what neighbours share."""
     group.add_argument(
         "--tile-size", type=positive_int, metavar="S", help="side of a tile, or size that whole images are resized to"
     )
     group.add_argument(
         "--overlap", type=not_negative, metavar="X", help="shared by neighbours, in pixels; below 1: part of the tile"
     )
-    group.add_argument("--halo", type=natural, metavar="N", help="pixels along inner edges that get no weight")
-    group.add_argument("--blend", choices=("hann", "gaussian", "constant"), help="weight of a tile's pixels")
-    group.add_argument("--tta", choices=("none", "flips", "d4"), help="mean over 4 mirrored or 8 turned views")
 
 
 def add_result_args(parser: argparse.ArgumentParser, *, kinds: Sequence[str], required: bool = False) -> None:
@@ -238,6 +244,17 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-d", "--dataset", type=Path, required=True, metavar="DIR", help="data set root")
     group.add_argument("-val", "--val-dir", type=Path, metavar="DIR", help="validation split that lies elsewhere")
     group.add_argument("--val-ids", type=Path, metavar="CSV", help="validate on the images named in its column id")
+    add_label_args(group)
+    group.add_argument("--max-mask-val", type=natural, default=0, metavar="N", help="learn the labels 1 to N instead")
+    group.add_argument("--mask-threshold", type=float, metavar="T", help="mask values above it are the object")
+    group.add_argument(
+        "--preprocess", nargs="+", choices=("clahe", "denoise", "stretch"), default=[], help="steps before statistics"
+    )
+    add_slide_args(parser)
+
+
+def add_label_args(group: argparse._ArgumentGroup) -> None:
+    """Add the channels beside those of the images, and what mask labels mean."""
     group.add_argument(
         "--add-dirs",
         nargs="+",
@@ -253,14 +270,8 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
         metavar="LABEL",
         help="mask labels to learn, such as 64 128; nonzero: any other than 0; without it masks of 0 and x mean x",
     )
-    group.add_argument("--max-mask-val", type=natural, default=0, metavar="N", help="learn the labels 1 to N instead")
     group.add_argument("--class-names", nargs="+", metavar="NAME", help="names of the labels, in their order")
     group.add_argument("--ignore-label", type=natural, metavar="N", help="mask label that counts nowhere")
-    group.add_argument("--mask-threshold", type=float, metavar="T", help="mask values above it are the object")
-    group.add_argument(
-        "--preprocess", nargs="+", choices=("clahe", "denoise", "stretch"), default=[], help="steps before statistics"
-    )
-    add_slide_args(parser)
 
 
 def add_slide_args(parser: argparse.ArgumentParser) -> None:
@@ -337,63 +348,9 @@ def add_score_args(parser: argparse.ArgumentParser) -> None:
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse argv; flags of a --settings file are put before it, so the command line wins."""
+    """Parse argv; flags of a recipe and of a --settings file are put before it, so the command line wins."""
     words = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--settings", type=Path)
-    path = finder.parse_known_args(words)[0].settings
-    return parser.parse_args(_settings_words(parser, path, words) + words if path else words)
-
-
-def _settings_words(parser: argparse.ArgumentParser, path: Path, given: Sequence[str]) -> list[str]:
-    """The flags of a settings file as words, without those that exclude a flag that was given."""
-    flags = _read_settings(parser, path)
-    actions = {option.lstrip("-"): action for action in parser._actions for option in action.option_strings}
-    actions |= {action.dest: action for action in parser._actions if action.option_strings}
-    used = {option for word in given for option in (word, word.split("=", 1)[0])}
-    excluded = {"settings", "help", "version"}
-    for group in parser._mutually_exclusive_groups:
-        if any(used.intersection(action.option_strings) for action in group._group_actions):
-            excluded |= {action.dest for action in group._group_actions}
-    words: list[str] = []
-    unknown = []
-    for name, value in flags.items():
-        key = str(name).lstrip("-")
-        action = actions.get(key) or actions.get(key.replace("-", "_"))
-        if action is None:
-            unknown.append(str(name))
-        elif action.dest not in excluded:
-            words += _flag_words(action, value)
-    if unknown:
-        sys.stderr.write(f"{path}: left out, for they are no flags of {parser.prog}: {' '.join(unknown)}\n")
-    return words
-
-
-def _read_settings(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
-    try:
-        flags = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        parser.error(f"--settings {path} cannot be read: {error.strerror}")
-    except ValueError as error:
-        parser.error(f"--settings {path} is not JSON: {error}")
-    if isinstance(flags, dict):
-        flags = flags.get("flags", flags)
-    if not isinstance(flags, dict):
-        parser.error(f"--settings {path} holds a {type(flags).__name__}; expected an object of flags")
-    return flags
-
-
-def _flag_words(action: argparse.Action, value: Any) -> list[str]:
-    option = max(action.option_strings, key=len)
-    if value is None:
-        return []
-    if isinstance(action, argparse.BooleanOptionalAction):
-        return [next(o for o in action.option_strings if o.startswith("--no-") != bool(value))]
-    if isinstance(value, list) and action.nargs is None:
-        value = " ".join(map(str, value))
-    if isinstance(value, list):
-        return [option, *map(str, value)] if value else []
-    return [f"{option}={value}"] if option.startswith("--") else [option, str(value)]
+    return parser.parse_args(settings.with_settings(parser, words))
 
 
 @contextmanager
@@ -498,7 +455,7 @@ def _git_commit() -> str:
 
 def run_record(args: argparse.Namespace, argv: Sequence[str] | None) -> dict[str, Any]:
     """What args.json holds: parsed values, the command line, commit and versions."""
-    flags = {name: _plain(value) for name, value in vars(args).items() if name != "settings"}
+    flags = {name: _plain(value) for name, value in vars(args).items() if name not in settings.NEVER}
     words = sys.argv if argv is None else [Path(sys.argv[0]).name, *argv]
     return {"flags": flags, "command": shlex.join(map(str, words)), "environment": environment()}
 
