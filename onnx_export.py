@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import cli
 from checkpoint import ModelConfig, config_from_dict, config_to_dict
+from export_layers import make_exportable, share_weights
 from model import shorten_error
 
 INPUT, OUTPUT = "image", "logits"
@@ -77,12 +78,13 @@ def export_network(network: nn.Module, config: ModelConfig, form: Form = ANY_SIZ
     Raises:
         ExportError: no exporter made a file that agrees; says why for each.
     """
-    network = static_padding(copy.deepcopy(network).float().to(memory_format=torch.contiguous_format)).eval()  # type: ignore[call-overload]
+    network = copy.deepcopy(network).float().to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
+    writable = make_exportable(share_weights(network))
     reasons: list[str] = []
     for name, exporter in (("torch.export", _export_program), ("TorchScript", _export_script)):
         try:
             entries = {"exporter": name, "failed": "; ".join(reasons), **metadata}
-            model = describe(exporter(network, config, form), config, **entries)
+            model = describe(exporter(writable, config, form), config, **entries)
             if read_metadata(model)["opset"] != str(form.opset):
                 raise ValueError(f"it wrote opset {read_metadata(model)['opset']}, asked for {form.opset}")
             prove_equal(model, network, config, form)
@@ -162,38 +164,6 @@ def _sample(config: ModelConfig, form: Form) -> Tensor:
         return torch.zeros(1, len(config.channels), *form.size)
     short, middle, _ = _sides(config)
     return torch.zeros(2, len(config.channels), middle, short)
-
-
-def static_padding(network: nn.Module) -> nn.Module:
-    """Replace, in place, timm's convolutions that compute their padding from the image's size ("same" of TensorFlow).
-
-    Sides are multiples of the network's stride, so the size at every convolution is a multiple of its own stride and
-    the padding is the same for all of them. Fixed, it takes minutes off torch.export and nodes out of the graph.
-    """
-    for parent in list(network.modules()):
-        for name, layer in list(parent.named_children()):
-            if type(layer).__name__ == "Conv2dSame" and isinstance(layer, nn.Conv2d):
-                setattr(parent, name, _padded(layer))
-    return network
-
-
-def _padded(layer: nn.Conv2d) -> nn.Module:
-    total = [
-        max((size - 1) * dilation + 1 - stride, 0)
-        for size, dilation, stride in zip(layer.kernel_size, layer.dilation, layer.stride, strict=True)
-    ]
-    conv = nn.Conv2d(
-        layer.in_channels,
-        layer.out_channels,
-        layer.kernel_size,  # type: ignore[arg-type]
-        layer.stride,  # type: ignore[arg-type]
-        dilation=layer.dilation,  # type: ignore[arg-type]
-        groups=layer.groups,
-        bias=layer.bias is not None,
-    )
-    conv.load_state_dict(layer.state_dict())
-    (above, below), (left, right) = ((sum_ // 2, sum_ - sum_ // 2) for sum_ in total)
-    return nn.Sequential(nn.ZeroPad2d((left, right, above, below)), conv)
 
 
 def describe(model: bytes, config: ModelConfig, **metadata: str) -> bytes:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from checkpoint import ModelConfig, config_to_dict
 from export_graph import Shell, frame_of
+from export_layers import make_exportable
 from model import shorten_error
-from onnx_export import ExportError, static_padding
+from onnx_export import ExportError
 from tiling import round_up
 
 DESCRIPTION = "tessera.json"  # the extra file in the archive that holds description and metadata
@@ -70,7 +71,7 @@ def export_script(network: nn.Module, config: ModelConfig, shell: Shell, metadat
     Raises:
         ExportError: PyTorch cannot trace it.
     """
-    network = static_padding(copy.deepcopy(network).float()).eval()
+    network = make_exportable(copy.deepcopy(network).float()).eval()
     sides = frame_of(shell.size, config) if shell.size else (max(config.min_side, 3 * config.stride),) * 2
     sample = torch.zeros(1 if shell.size else 2, len(config.channels), *sides)
     try:

@@ -18,7 +18,7 @@ import validate
 from backends import load_config, load_forward, onnx_forward, torch_forward
 from checkpoint import Geometry, ModelConfig, load_checkpoint, save_checkpoint
 from model import build_model, stride_and_min_side
-from onnx_export import ExportError, describe, export_network, prove_equal, static_padding
+from onnx_export import ExportError, describe, export_network, prove_equal
 
 
 def randomise_norms(network, seed=0):
@@ -192,18 +192,6 @@ def test_a_proof_on_logits_that_do_not_vary_is_void(quick, names):
     head.bias.data = torch.arange(len(head.bias)).float()  # the channels differ, the pixels do not
     with pytest.raises(ExportError, match="the proof is void: .* spread of 0.0e\\+00"):
         export_network(network, config)
-
-
-def test_same_padding_of_tensorflow_is_fixed_without_a_change():
-    network, config = make_network("unet", "tu-tf_efficientnet_lite0")
-    kinds = {type(layer).__name__ for layer in network.modules()}
-    fixed = static_padding(copy.deepcopy(network))
-    assert "Conv2dSame" in kinds and "Conv2dSame" not in {type(layer).__name__ for layer in fixed.modules()}
-    for height, width in ((32, 96), (160, 64)):
-        image = torch.from_numpy(noise(1, height, width))
-        with torch.inference_mode():
-            torch.testing.assert_close(fixed(image), network(image), rtol=1e-4, atol=1e-4)
-    assert config.stride == 32
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ FLOORS = (
         "augmentations",
         "cli",
         "events",
+        "export_layers",
         "losses",
         "model",
         "optim",
