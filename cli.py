@@ -237,6 +237,15 @@ def add_split_args(parser: argparse.ArgumentParser, *, val_share: float | None) 
     )
 
 
+def add_recipe_args(parser: argparse.ArgumentParser) -> None:
+    """Add the choice of a named bundle of flags."""
+    parser.add_argument(
+        "--recipe",
+        choices=settings.recipe_names(),
+        help="flags that go together, printed as the command they stand for; the command line wins",
+    )
+
+
 def add_data_args(parser: argparse.ArgumentParser) -> None:
     """Add the flags about a labelled data set: its root, its splits, its channels and its classes."""
     add_split_args(parser, val_share=0.2)

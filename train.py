@@ -21,6 +21,7 @@ MAX_STRIDE = 64  # of networks that take any multiple of it; more is the one siz
 def build_parser() -> argparse.ArgumentParser:
     """Flags of train.py."""
     parser = cli.make_parser("Train a segmentation network on labelled images.")
+    cli.add_recipe_args(parser)
     cli.add_data_args(parser)
     add_network_args(parser)
     add_sample_args(parser)

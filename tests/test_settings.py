@@ -1,0 +1,98 @@
+"""Recipes: each is a command that could be typed, printed in full, and gives way to files and words."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+import cli
+import settings
+import train
+from model import build_model
+
+FLAGS = {name: json.loads((settings.RECIPES / f"{name}.json").read_text())["flags"] for name in settings.recipe_names()}
+
+
+def parse(*words):
+    return cli.parse(train.build_parser(), ["-d", "data", *map(str, words)])
+
+
+def plain(args):
+    return {name: value for name, value in vars(args).items() if name != "recipe"}
+
+
+def test_the_recipes_are_those_of_the_fields():
+    assert {"vessel", "glomeruli", "bubbles", "unet-notebook"} <= set(FLAGS)
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_a_recipe_is_the_command_that_is_printed(name, capsys):
+    args = parse("--recipe", name, "--seed", 7)
+    line = capsys.readouterr().out.strip()
+    assert line.startswith(f"recipe {name}: python ")
+    words = shlex.split(line.split(": python ", 1)[1])[1:]
+    assert "--recipe" not in words
+    assert plain(train.build_parser().parse_args(words)) == plain(args)
+    for flag, value in FLAGS[name].items():
+        assert getattr(args, flag) == value, flag
+    typed = {word.split("=")[0].lstrip("-").replace("-", "_") for word in words if word.startswith("--")}
+    assert typed == {*FLAGS[name], "seed"}, "in full"
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_a_recipe_can_be_trained(name):
+    args = parse(f"--recipe={name}", "--encoder-weights", "none")
+    train.check_flags(args)
+    with torch.device("meta"):
+        network = build_model(args.model, args.encoder, in_channels=3, num_logits=1).eval()
+        side = args.image_size[0]
+        assert network(torch.zeros(1, 3, side, side)).shape == (1, 1, side, side)
+
+
+def test_files_and_words_win_over_a_recipe(tmp_path, capsys):
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"epochs": 3, "lr": 0.5}))
+    args = parse("--recipe", "vessel", "--settings", file, "-lr", 0.25)
+    line = capsys.readouterr().out
+    assert (args.epochs, args.lr, args.model) == (3, 0.25, "manet")
+    assert "--epochs=3" in line and "epochs=100" not in line and "--lr" not in line and "-lr 0.25" in line
+
+
+def test_a_settings_file_may_name_a_recipe(tmp_path, capsys):
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"recipe": "bubbles", "epochs": 3}))
+    args = parse("--settings", file)
+    assert (args.epochs, args.encoder, args.class_list) == (3, "resnet34", "nonzero")
+    assert capsys.readouterr().out.startswith("recipe bubbles: ")
+
+
+def test_the_record_of_a_run_holds_the_flags_and_not_the_recipe(tmp_path, capsys):
+    first = parse("--recipe", "vessel", "--epochs", 5)
+    record = cli.run_record(first, ["--recipe", "vessel"])
+    assert "recipe" not in record["flags"]
+    file = tmp_path / "args.json"
+    file.write_text(json.dumps(record))
+    again = parse("--settings", file)
+    assert {**vars(again), "settings": None, "recipe": "vessel"} == vars(first)
+
+
+@pytest.mark.parametrize("where", ["word", "file"])
+def test_an_unknown_recipe_is_named_with_the_nearest(where, tmp_path, capsys):
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"recipe": "vesel"}))
+    with pytest.raises(SystemExit) as stop:
+        parse(*(["--recipe", "vesel"] if where == "word" else ["--settings", file]))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "did you mean vessel?" in error and "bubbles" in error
+
+
+def test_another_command_knows_no_recipes(tmp_path, capsys):
+    import validate
+
+    file = Path(tmp_path / "mine.json")
+    file.write_text(json.dumps({"recipe": "vessel"}))
+    with pytest.raises(SystemExit):
+        cli.parse(validate.build_parser(), ["--settings", str(file)])
+    assert "no flag of" in capsys.readouterr().err
