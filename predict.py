@@ -16,24 +16,19 @@ import hashlib
 import json
 import shlex
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cli
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from backends import Forward
     from checkpoint import ModelConfig
     from pairing import Pair
-    from predictor import Picture, Plan, ReadOptions, TileOptions
-    from results import Frame, ResultOptions, Results
-    from video_prediction import Clip, VideoSetup
+    from picture_prediction import Engine, Setup
+    from video_results import Clip, VideoSetup
 
 TISSUE_RULES = ("saturation", "otsu")
 ENOUGH_MEGAPIXELS = 2000.0  # no network predicts that much on a CPU before a faster one is prepared
@@ -115,30 +110,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     cli.exit_with_findings(parser, failures)
 
 
-@dataclass(frozen=True)
-class Setup:
-    """What is the same for all images of a run.
-
-    digest: of the checkpoints' content and of every flag that changes a result, but not of the kinds of results, which
-    do not change one another.
-    """
-
-    configs: list["ModelConfig"]
-    read: "ReadOptions"
-    tiles: "TileOptions"
-    results: "ResultOptions"
-    full_size: bool
-    digest: str
-
-
-@dataclass(frozen=True)
-class Engine:
-    """What runs the networks; bits differ between engines, so a slide that one began is not finished by another."""
-
-    forward: "Forward"
-    name: str
-
-
 def run(args: argparse.Namespace) -> list[str]:
     """Predict all images; return what went wrong."""
     cli.share_cores()
@@ -164,8 +135,10 @@ def run(args: argparse.Namespace) -> list[str]:
     if left or waiting:
         engine = load_engine(setup, args, paths, lambda: sum_megapixels(setup, left, videos, waiting), device)
         write_description(setup.results.folder, configs[0], setup.results.threshold)
-        made, failed = predict_all(setup, engine, left, args)
-        more, worse = predict_clips(replace(videos, forward=engine.forward, engine=engine.name), waiting, digests)
+        with open_writer(args, setup.results.folder) as writer:
+            made, failed = predict_all(setup, engine, left, args.thumbnails, writer)
+            videos = replace(videos, forward=engine.forward, engine=engine.name, writer=writer)
+            more, worse = predict_clips(videos, waiting, digests)
         made, failures = made + more, failures + failed + worse
     if done or made:
         if "rle" in args.save:
@@ -212,7 +185,8 @@ def find_inputs(args: argparse.Namespace, config: "ModelConfig") -> tuple[list["
     from pairing import Pair
     from pictures import list_pictures
     from predictor import pair_channels
-    from video_prediction import Clip, check_names, find_clips
+    from video_prediction import check_names, find_clips
+    from video_results import Clip
 
     failures, clips = list[str](), list[Clip]()
     if args.dataset_dir:
@@ -235,8 +209,9 @@ def find_inputs(args: argparse.Namespace, config: "ModelConfig") -> tuple[list["
 
 def build_setup(
     args: argparse.Namespace, paths: Sequence[Path], configs: list["ModelConfig"], inputs: Sequence[Path]
-) -> Setup:
+) -> "Setup":
     """Turn flags into options; says what they change about the way of the checkpoint."""
+    from picture_prediction import Setup
     from predictor import ReadOptions, TileOptions, geometry_from_flags
     from results import ResultOptions, filters_of
 
@@ -267,16 +242,17 @@ def build_setup(
     ]
     content = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
     digest = hashlib.sha256(json.dumps([content, choices], default=str).encode()).hexdigest()
-    return Setup(configs, read, tiles, results, args.full_size, digest)
+    return Setup(configs, read, tiles, results, args.full_size, digest, print)
 
 
 def build_videos(
-    setup: Setup, args: argparse.Namespace, pairs: Sequence["Pair"], clips: Sequence["Clip"]
+    setup: "Setup", args: argparse.Namespace, pairs: Sequence["Pair"], clips: Sequence["Clip"]
 ) -> "VideoSetup":
     """How videos are predicted; refuses flags that say nothing about what there is."""
     from annotation.frame_options import FrameOptions
     from result_record import TABLE
-    from video_prediction import VideoSetup, check_flags
+    from video_prediction import check_flags
+    from video_results import VideoSetup
 
     check_flags(args, images=bool(pairs), videos=bool(clips))
     results = replace(setup.results, form="png")
@@ -284,15 +260,17 @@ def build_videos(
     reduce = setup.read.reduce or setup.configs[0].geometry.reduction
     kinds, tiles = (*args.save, TABLE), replace(setup.tiles, tissue="")
     return VideoSetup(
-        setup.configs, tiles, results, kinds, frames, args.max_frames, reduce, setup.full_size, setup.digest
+        *(setup.configs, tiles, results, kinds, frames, args.max_frames, reduce, setup.full_size, setup.digest),
+        thumbnails=args.thumbnails,
     )
 
 
 def load_engine(
-    setup: Setup, args: argparse.Namespace, paths: Sequence[Path], megapixels: Callable[[], float], device: str
-) -> Engine:
+    setup: "Setup", args: argparse.Namespace, paths: Sequence[Path], megapixels: Callable[[], float], device: str
+) -> "Engine":
     """Load the networks for so much work; says which checkpoint, backend and device work."""
     from backends import load_forward
+    from picture_prediction import Engine
     from predictor import mean_of
 
     backend, work = args.backend, 0.0
@@ -310,8 +288,9 @@ def load_engine(
     return Engine(mean_of(forwards, len(setup.configs[0].channels)), " ".join(names))
 
 
-def sum_megapixels(setup: Setup, pairs: Sequence["Pair"], videos: "VideoSetup", clips: Sequence["Clip"]) -> float:
+def sum_megapixels(setup: "Setup", pairs: Sequence["Pair"], videos: "VideoSetup", clips: Sequence["Clip"]) -> float:
     """What a network will see, to tell whether preparing a faster one pays; no more of it than tells."""
+    from picture_prediction import pixels_seen
     from video_prediction import sum_clips
 
     total = 0.0
@@ -320,34 +299,6 @@ def sum_megapixels(setup: Setup, pairs: Sequence["Pair"], videos: "VideoSetup", 
         if total > ENOUGH_MEGAPIXELS:
             return total
     return total + sum_clips(videos, clips)
-
-
-def pixels_seen(setup: Setup, pair: "Pair") -> float:
-    """Pixels of all views of all tiles of an image; 0 when it cannot be read, which is said when its turn comes.
-
-    Pictures that must be decoded to be planned are judged by the size in their headers.
-    """
-    from backends import megapixels_seen
-    from pictures import PILLOW_SUFFIXES, count_pixels
-    from predictor import Picture, plan_picture
-    from tiling import TTA
-
-    config, options = setup.configs[0], tiles_for(setup, pair)
-    in_memory = config.preprocess or (pair.image.suffix.lower() in PILLOW_SUFFIXES and not options.tissue)
-    if config.geometry.kind == "resize":
-        return 1e6 * megapixels_seen(config, 0)
-    if in_memory:
-        reduction = setup.read.reduce or config.geometry.reduction
-        geometry = replace(
-            config.geometry, reduction=reduction, tile=options.tile, overlap=options.overlap, tta=options.tta
-        )
-        return 1e6 * megapixels_seen(replace(config, geometry=geometry), count_pixels(pair.image))
-    try:
-        with Picture(pair, setup.configs, setup.read) as picture:
-            plan = plan_picture(picture, options)
-    except (OSError, ValueError, RuntimeError):
-        return 0
-    return plan.tiles * plan.rows.tile * plan.cols.tile * len(TTA[options.tta])
 
 
 def default_output(path: Path, first: Path, threshold: float) -> Path:
@@ -360,23 +311,15 @@ def default_output(path: Path, first: Path, threshold: float) -> Path:
 # What was done before
 
 
-def picture_digest(setup: Setup, pair: "Pair") -> str:
-    """Of the flags, the checkpoints and the image files: with the same digest results of a kind are the same."""
-    facts: list[Any] = [setup.digest]
-    for path in pair.layers:
-        status = path.stat()
-        facts.append([str(path.resolve()), status.st_size, status.st_mtime_ns])
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
 def finished_before(
-    setup: Setup, pairs: Sequence["Pair"], videos: "VideoSetup", clips: Sequence["Clip"], *, overwrite: bool
+    setup: "Setup", pairs: Sequence["Pair"], videos: "VideoSetup", clips: Sequence["Clip"], *, overwrite: bool
 ) -> tuple[set[str], dict[str, str]]:
     """Names of inputs whose results are there, made with the same flags from the same files; digests of the videos.
 
     Raises:
         FileExistsError: results of other flags, or of something else, are in the way.
     """
+    from picture_prediction import picture_digest
     from result_record import find_done
     from results import working_folder
     from video_prediction import clip_digest
@@ -396,30 +339,26 @@ def finished_before(
 
 
 def predict_all(
-    setup: Setup, engine: Engine, pairs: Sequence["Pair"], args: argparse.Namespace
+    setup: "Setup", engine: "Engine", pairs: Sequence["Pair"], thumbnails: int, writer: Callable[[], Any]
 ) -> tuple[int, list[str]]:
     """Predict image after image; a full disk ends the run.
 
     Returns:
         Number of images that have results, and what went wrong with these and others.
     """
-    made, failures = 0, list[str]()
-    writer: Any = None  # of TensorBoard; opened for the first picture, so that no empty run is left
-    with ExitStack() as stack:
-        for number, pair in enumerate(pairs):
-            try:
-                panel, damage = predict_one(setup, engine, pair, with_picture=number < args.thumbnails)
-                made += 1
-                failures += damage
-                if panel is not None:
-                    from run_folder import shrink_panel
+    from picture_prediction import predict_one
+    from run_folder import shrink_panel
 
-                    writer = writer or stack.enter_context(open_writer(args, setup.results.folder))
-                    writer.add_image(f"predict/{pair.name}", shrink_panel(panel), dataformats="HWC")
-            except (OSError, ValueError, RuntimeError) as error:
-                failures.append(tell_failure(error, pair.name, pair.image))
-    if writer:
-        print(f"tensorboard --logdir {shlex.quote(str(args.log_dir))}")
+    made, failures = 0, list[str]()
+    for number, pair in enumerate(pairs):
+        try:
+            panel, damage = predict_one(setup, engine, pair, with_picture=number < thumbnails)
+            made += 1
+            failures += damage
+            if panel is not None:
+                writer().add_image(f"predict/{pair.name}", shrink_panel(panel), dataformats="HWC")
+        except (OSError, ValueError, RuntimeError) as error:
+            failures.append(tell_failure(error, pair.name, pair.image))
     return made, failures
 
 
@@ -457,109 +396,26 @@ def disk_full(error: OSError) -> OSError:
     return OSError(error.errno, text, error.filename)
 
 
-def open_writer(args: argparse.Namespace, folder: Path) -> Any:
-    """TensorBoard's writer of the run."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    whole = folder.resolve()
-    return SummaryWriter(str(args.log_dir / (args.exp_name or f"predict_{whole.parent.name}_{whole.name}")))
-
-
-def predict_one(
-    setup: Setup, engine: Engine, pair: "Pair", *, with_picture: bool
-) -> tuple["np.ndarray | None", list[str]]:
-    """Predict one image and write its results.
-
-    Returns:
-        A small overlay (h, w, 3) uint8 if it was asked for, and what could not be decoded.
-    """
-    from predictor import Picture, plan_picture, thumbnail
-    from result_record import begin_record, end_record
-    from results import Results, check_disk
-
-    digest, begin = picture_digest(setup, pair), time.perf_counter()
-    folder, kinds = setup.results.folder, setup.results.kinds
-    with Picture(pair, setup.configs, setup.read) as picture:
-        for note in picture.notes:
-            print(f"warning: {pair.name}: {note}")
-        plan = plan_picture(picture, tiles_for(setup, pair), full_size=setup.full_size)
-        if plan.tissue:
-            skipped = 1 - plan.tiles / (len(plan.rows.origins) * len(plan.cols.origins))
-            print(f"{pair.name}: tissue on {plan.tissue.share:.1%} of the slide, {skipped:.1%} of the tiles skipped")
-        frame = frame_of(pair.name, picture, plan)
-        if "rle" in kinds and frame.scale != 1:
-            print(f"warning: {pair.name}: run lengths are on the grid read, not the slide's own pixels (--full-size)")
-        check_disk(frame, setup.configs[0], setup.results)
-        with Results(frame, setup.configs[0], setup.results, f"{digest} {engine.name}") as results:
-            begin_record(folder, pair.name, digest, kinds, {"scale": frame.scale, "mpp": frame.mpp})
-            megapixel = fill_rows(setup, engine, picture, plan, results)
-            summary = results.finish(
-                lambda step: thumbnail(picture.slide, frame.height, frame.width, step), with_picture=with_picture
-            )
-            damage = results.damage
-            seconds = time.perf_counter() - begin
-            facts = {"damage": damage, "scale": frame.scale, "mpp": frame.mpp}
-            end_record(folder, pair.name, digest, kinds, summary.files, facts, durable=seconds > 1)
-            results.remove()
-    print(f"{pair.name}: {summary.text()}; {megapixel:.1f} MP in {seconds:.1f} s, {megapixel / seconds:.2f} MP/s")
-    return summary.picture, damage
-
-
-def tiles_for(setup: Setup, pair: "Pair") -> "TileOptions":
-    """How one image is cut: with --tissue auto, slides get the rule of the training, and other images none."""
-    from slide_windows import SlideOptions, is_slide
-
-    rule = setup.tiles.tissue
-    if rule == "auto":
-        rule = setup.configs[0].tissue if is_slide(pair, SlideOptions.from_config(setup.configs[0])) else "none"
-    return replace(setup.tiles, tissue="" if rule == "none" else rule)
-
-
-def fill_rows(setup: Setup, engine: Engine, picture: "Picture", plan: "Plan", results: "Results") -> float:
-    """Run the network over the rows that are missing; return their megapixels of the grid."""
-    from predictor import predict_picture
-
-    name, height, first = results.frame.name, results.frame.height, results.first_row
-    if first:
-        print(f"{name}: going on at row {first} of {height}")
-    if first < height:
-        with (
-            progress(name, picture, first * picture.height // height) as count,
-            closing(predict_picture(picture, engine.forward, plan, setup.tiles, first_row=first, count=count)) as bands,
-        ):
-            for _, probs in bands:
-                results.note_damage(picture.damage)  # before the rows count, for they are not read again
-                results.add(probs)
-    results.note_damage(picture.damage)
-    return picture.height * picture.width / 1e6 * (1 - first / height)
-
-
-def frame_of(name: str, picture: "Picture", plan: "Plan") -> "Frame":
-    """The raster of the results."""
-    from results import Frame
-
-    slide = picture.slide
-    scale = 1.0 if plan.full_size else picture.scale
-    mpp = (slide.mpp_xy[0] * scale, slide.mpp_xy[1] * scale) if slide.mpp_xy else None
-    return Frame(name, plan.height, plan.width, scale, mpp, slide.geo)
-
-
 @contextmanager
-def progress(name: str, picture: "Picture", rows_done: int) -> Iterator[Callable[[int], None]]:
-    """A bar in megapixels; yields the function that counts pixels."""
-    from tqdm import tqdm
+def open_writer(args: argparse.Namespace, folder: Path) -> Iterator[Callable[[], Any]]:
+    """A function that gives TensorBoard's writer of the run, opened when first asked for: no empty run is left."""
+    opened: list[Any] = []
 
-    total = picture.height * picture.width / 1e6
-    with tqdm(
-        total=round(total, 2),
-        initial=round(rows_done * picture.width / 1e6, 2),
-        desc=name[:40],
-        unit="MP",
-        leave=False,
-        disable=None,
-        bar_format="{l_bar}{bar}| {n:.1f}/{total:.1f} MP [{elapsed}<{remaining}, {rate_fmt}]",
-    ) as bar:
-        yield lambda pixels: bar.update(pixels / 1e6) and None
+    def writer() -> Any:
+        if not opened:
+            from torch.utils.tensorboard import SummaryWriter
+
+            whole = folder.resolve()
+            name = args.exp_name or f"predict_{whole.parent.name}_{whole.name}"
+            opened.append(SummaryWriter(str(args.log_dir / name)))
+        return opened[0]
+
+    try:
+        yield writer
+    finally:
+        for each in opened:
+            each.close()
+            print(f"tensorboard --logdir {shlex.quote(str(args.log_dir))}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -567,15 +423,16 @@ def progress(name: str, picture: "Picture", rows_done: int) -> Iterator[Callable
 
 
 def estimate(
-    setup: Setup, engine: Engine, pairs: Sequence["Pair"], videos: "VideoSetup", clips: Sequence["Clip"]
+    setup: "Setup", engine: "Engine", pairs: Sequence["Pair"], videos: "VideoSetup", clips: Sequence["Clip"]
 ) -> list[str]:
     """Print windows, memory, disk and expected time of every input, and predict nothing."""
+    from picture_prediction import frame_of, tiles_for
     from predictor import Picture, memory_needed, plan_picture, tile_seconds
     from results import disk_needed, existing_parent
-    from video_prediction import measure_clip
+    from video_prediction import clip_disk, measure_clip
 
     failures, seconds, total = [], tile_seconds(setup.configs, setup.tiles, engine.forward), 0.0
-    print(f"{'image':30} {'pixels':>15} {'windows':>9} {'memory':>9} {'disk':>9} {'at most':>9} {'time':>9}")
+    print(f"{'image':30} {'pixels':>15} {'windows':>9} {'memory':>11} {'disk':>9} {'at most':>9} {'time':>9}")
     for pair in pairs:
         try:
             with Picture(pair, setup.configs, setup.read) as picture:
@@ -589,18 +446,21 @@ def estimate(
         windows = 1 if setup.configs[0].geometry.kind == "resize" else plan.tiles
         total += windows * seconds
         print(
-            f"{pair.name[:30]:30} {frame.height:>7}x{frame.width:<7} {windows:>9} {memory / 1e9:>6.2f} GB "
+            f"{pair.name[:30]:30} {frame.height:>7}x{frame.width:<7} {windows:>9} {memory / 1e9:>8.2f} GB "
             f"{likely / 1e9:>6.2f} GB {most / 1e9:>6.2f} GB {spell_time(windows * seconds):>9}"
         )
     for clip in clips:
         try:
             frames, (height, width), tiles = measure_clip(videos, clip)
+            likely, most = clip_disk(videos, clip.name, frames, (height, width))
         except (OSError, ValueError) as error:
             failures.append(str(error))
             continue
         total += frames * tiles * seconds
-        row = f"{clip.name[:30]:30} {height:>7}x{width:<7} {frames * tiles:>9} {f'{frames} frames':>29}"
-        print(f"{row} {spell_time(frames * tiles * seconds):>9}")
+        print(
+            f"{clip.name[:30]:30} {height:>7}x{width:<7} {frames * tiles:>9} {f'{frames} frames':>11} "
+            f"{likely / 1e9:>6.2f} GB {most / 1e9:>6.2f} GB {spell_time(frames * tiles * seconds):>9}"
+        )
     if "PyTorch on cpu" in engine.name:
         print("timed with PyTorch; unless --backend torch, the run may prepare ONNX Runtime, 3 to 4 times faster")
     free = shutil.disk_usage(existing_parent(setup.results.folder)).free

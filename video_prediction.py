@@ -12,96 +12,42 @@ import signal
 import threading
 import time
 import uuid
-from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-from PIL import Image
-from tqdm import tqdm
 
 from annotation.frame_options import FrameOptions
-from annotation.video import LONGEST, PLAYED, Camera, Frame, Video, VideoError, frame_name, write_video
-from backends import Forward, megapixels_seen
-from checkpoint import ModelConfig
+from annotation.video import LONGEST, PLAYED, Frame, Video, VideoError
+from backends import megapixels_seen
 from cli import UsageError
-from image_io import atomic_write, normalise, preprocess, resize_image, write_text
+from image_io import normalise, preprocess, resize_image
 from pairing import Pair
-from predictor import TileOptions, common_sides
+from predictor import common_sides
 from result_record import begin_record, end_record, is_frame_of
 from results import Frame as Raster
-from results import ResultOptions, Results, Summary, working_folder
+from results import disk_needed, working_folder
 from spool import FolderLock
-from tables import format_csv
 from tiling import TTA, plan_axis, predict_bands, read_tile, reflect_index, run_ahead, turned, window_reader
+from video_results import (
+    MOVING,
+    Board,
+    Clip,
+    Clock,
+    Item,
+    Journal,
+    Pictures,
+    VideoSetup,
+    write_frames,
+    write_moving,
+    write_table,
+)
 
-MOVING = ("video", "gif")  # kinds of results that show all frames together
-GIF_FRAMES, GIF_SIDE = 150, 480  # most pictures of an animation, and their longer side
 UNKNOWN_FRAMES = 1000  # of a camera, or of a video that does not declare how many it has
 GREY = np.array([0.299, 0.587, 0.114], np.float32)
-
-T = TypeVar("T")
-Item = tuple[Frame, np.ndarray | None]  # a frame, and its numbers or probabilities; None: it was done before
-
-
-@dataclass(frozen=True)
-class Clip:
-    """A video file, or with a number a camera; results are named by `name`."""
-
-    name: str
-    path: Path
-    camera: int | None = None
-
-    def open(self) -> Video:
-        """Open it for decoding.
-
-        Raises:
-            VideoError, OSError: see Video and Camera.
-        """
-        return Video(self.path) if self.camera is None else Camera(self.camera)
-
-
-@dataclass(frozen=True)
-class VideoSetup:
-    """What is the same for all videos of a run.
-
-    results: how frames become files; its kinds are those of a frame. kinds: all of them, those of MOVING too. reduce:
-    frames are read so many times smaller. most: frames taken of each, None: all. digest: see predict.Setup. engine:
-    what runs the network.
-    """
-
-    configs: list[ModelConfig]
-    tiles: TileOptions
-    results: ResultOptions
-    kinds: tuple[str, ...]
-    frames: FrameOptions
-    most: int | None
-    reduce: float
-    full_size: bool
-    digest: str
-    forward: Forward | None = None
-    engine: str = ""
-
-
-@dataclass
-class Clock:
-    """Seconds that each frame took to be decoded, predicted and written."""
-
-    decode: list[float] = field(default_factory=list)
-    network: list[float] = field(default_factory=list)
-    write: list[float] = field(default_factory=list)
-
-    def percentiles(self) -> dict[str, list[float]]:
-        """Median and 95th percentile of each, in milliseconds."""
-        return {
-            name: [round(1000 * float(value), 2) for value in np.percentile(seconds, (50, 95))]
-            for name, seconds in asdict(self).items()
-            if seconds
-        }
 
 
 def find_clips(words: Sequence[str]) -> tuple[list[Clip], list[str]]:
@@ -194,7 +140,8 @@ def _predict(setup: VideoSetup, clip: Clip, digest: str, work: Path) -> tuple[st
             items = run_ahead(items, setup.tiles.ahead)
         network = Network(setup, clock, batch=1 if clip.camera is not None else setup.tiles.batch)
         predicted = run_ahead(network.predict(items), 1)
-        pictures = Pictures(write_frames(predicted, setup, clip, clock, journal))
+        board = Board(setup, clip, frames_taken(video, setup))
+        pictures = Pictures(write_frames(predicted, setup, clip, clock, journal, board))
         rate = video.fps / setup.frames.step if setup.frames.fps is None else min(video.fps, setup.frames.fps)
         try:
             moving, failures = write_moving(pictures, setup, clip.name, min(max(rate, PLAYED[0]), PLAYED[1]))
@@ -242,41 +189,6 @@ def stop_on_interrupt(*, enabled: bool) -> Iterator[threading.Event]:
         yield stop
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-class Journal:
-    """Which frames are done: a row for each, kept in a file of the working folder for a run that goes on.
-
-    rows: by number, with frame, seconds, shares, objects and files.
-    """
-
-    def __init__(self, path: Path, folder: Path, digest: str, *, keep: bool) -> None:
-        """Take over what an earlier run with the same digest noted, if its files are still there.
-
-        Args:
-            path: of the journal. folder: of the results. keep: go on, and note what is done; else begin anew.
-        """
-        self.path, self.keep = path, keep
-        self.rows: dict[int, dict[str, Any]] = {}
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if keep and path.is_file() else []
-        if lines and lines[0] == json.dumps(digest):
-            for line in lines[1:]:
-                try:
-                    row = json.loads(line)
-                except ValueError:  # cut short by the kill
-                    break
-                if all((folder / name).is_file() for name in row["files"]):
-                    self.rows[row["frame"]] = row
-        text = "".join(json.dumps(each) + "\n" for each in (digest, *self.rows.values()))
-        if keep:
-            write_text(path, text)
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Note a frame whose files are there."""
-        self.rows[row["frame"]] = row
-        if self.keep:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -420,158 +332,6 @@ def _fit(probs: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Results
-
-
-def write_frames(
-    predicted: Iterator[Item], setup: VideoSetup, clip: Clip, clock: Clock, journal: Journal
-) -> Iterator[np.ndarray]:
-    """Write the results of each frame; yields its overlay (h, w, 3) uint8 where one is needed."""
-    wanted = bool(set(MOVING) & set(setup.kinds))
-
-    def write(frame: Frame, probs: np.ndarray) -> tuple[Frame, Summary, float]:
-        begin = time.perf_counter()
-        summary = write_frame(frame, probs, frame_name(clip.path, frame.number), setup, wanted=wanted)
-        return frame, summary, time.perf_counter() - begin
-
-    writers = max(1, setup.tiles.ahead)
-    with (
-        tqdm(desc=clip.name[:40], leave=False, disable=None, unit="frame", initial=len(journal.rows)) as bar,
-        ThreadPoolExecutor(writers) as pool,
-    ):
-        jobs = (pool.submit(write, frame, probs) for frame, probs in predicted if probs is not None)
-        for frame, summary, seconds in take_in_order(jobs, writers):
-            bar.update()
-            begin = time.perf_counter()
-            files = [path.relative_to(setup.results.folder).as_posix() for path in summary.files]
-            shares = {key: float(value) for key, value in summary.shares.items()}
-            row = {"frame": frame.number, "seconds": round(frame.seconds, 4), "shares": shares}
-            journal.add({**row, "objects": summary.objects, "files": files})
-            if summary.picture is not None:
-                yield summary.picture
-            clock.write.append(seconds + time.perf_counter() - begin)  # with what is made of the picture
-
-
-def take_in_order(jobs: Iterator[Future[T]], depth: int) -> Iterator[T]:
-    """Results of jobs, in their order, of which `depth` more are begun than were taken."""
-    waiting = deque(itertools.islice(jobs, depth))
-    while waiting:
-        waiting.extend(itertools.islice(jobs, 1))
-        yield waiting.popleft().result()
-
-
-def write_frame(frame: Frame, probs: np.ndarray, name: str, setup: VideoSetup, *, wanted: bool) -> Summary:
-    """Write the results of one frame, as those of a picture."""
-    height, width = probs.shape[1:]
-    raster = Raster(name, height, width, 1.0 if setup.full_size else setup.reduce)
-
-    def shown(step: int) -> np.ndarray:
-        return resize_image(frame.image, (-(-height // step), -(-width // step)))
-
-    with Results(raster, setup.configs[0], setup.results, setup.digest) as results:
-        results.add(probs)
-        return results.finish(shown, with_picture=wanted, side=LONGEST)
-
-
-class Pictures:
-    """Overlays on their way into a video and an animation; remembers whether making them failed."""
-
-    def __init__(self, source: Iterator[np.ndarray]) -> None:
-        self.source, self.failed, self.count = source, False, 0
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        try:
-            for picture in self.source:
-                self.count += 1
-                yield picture
-        except GeneratorExit:  # the consumer stopped, not the source
-            raise
-        except BaseException:
-            self.failed = True
-            raise
-
-
-@dataclass
-class Animation:
-    """Every stride-th picture of a video, as few and small as a GIF can bear."""
-
-    stride: int = 1
-    seen: int = 0
-    images: list[Image.Image] = field(default_factory=list)
-
-    def collect(self, pictures: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """Hand the pictures on, and keep some of them."""
-        for picture in pictures:
-            if self.seen % self.stride == 0:
-                if len(self.images) == GIF_FRAMES:
-                    self.images, self.stride = self.images[::2], 2 * self.stride
-                if self.seen % self.stride == 0:
-                    image = Image.fromarray(picture)
-                    image.thumbnail((GIF_SIDE, GIF_SIDE))
-                    self.images.append(image.quantize(256, method=Image.Quantize.FASTOCTREE))  # 14 times as fast
-            self.seen += 1
-            yield picture
-
-    def write(self, path: Path, fps: float) -> None:
-        """Write what was kept as a GIF that plays as fast as the video."""
-        size = self.images[0].size
-        images = [each if each.size == size else each.resize(size) for each in self.images]
-        with atomic_write(path) as file:
-            duration = max(20, round(1000 * self.stride / fps))  # shorter ones are played slowly
-            images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=duration, loop=0)
-
-
-def write_moving(pictures: Pictures, setup: VideoSetup, name: str, fps: float) -> tuple[list[Path], list[str]]:
-    """Make all pictures, and what shows them together; frames are done even if no video can be written here.
-
-    Returns:
-        The files, and why others were not written.
-    """
-    files, failures, animation = [], list[str](), Animation()
-    source = animation.collect(pictures) if "gif" in setup.kinds else iter(pictures)
-    if "video" in setup.kinds:
-        path = setup.results.folder / "videos" / f"{name}.mp4"
-        waiting = working_folder(setup.results.folder, name) / path.name  # what a kill leaves is in there
-        try:
-            if write_video(waiting, source, fps):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                waiting.replace(path)
-                files.append(path)
-        except VideoError as error:
-            if pictures.failed:
-                raise
-            failures.append(str(error))
-            source = animation.collect(pictures) if "gif" in setup.kinds else iter(pictures)
-    deque(source, maxlen=0)
-    if animation.images:
-        path = setup.results.folder / "gifs" / f"{name}.gif"
-        animation.write(path, fps)
-        files.append(path)
-    return files, failures
-
-
-def write_table(setup: VideoSetup, clip: Clip, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """over_time/<video>.csv: of each frame its time, the share of each class, and objects where they were counted."""
-    shares, objects = (rows[0][key] or {} for key in ("shares", "objects"))
-    columns = ["video", "frame", "seconds", "image"]
-    columns += [*(f"share_{name}" for name in shares), *(f"objects_{name}" for name in objects)]
-    path = setup.results.folder / "over_time" / f"{clip.name}.csv"
-    cells = [
-        {
-            "video": clip.path.name,
-            "frame": row["frame"],
-            "seconds": float(row["seconds"]),
-            "image": frame_name(clip.path, row["frame"]),
-            **{f"share_{name}": float(value) for name, value in row["shares"].items()},
-            **{f"objects_{name}": value for name, value in (row["objects"] or {}).items()},
-        }
-        for row in sorted(rows, key=lambda row: row["frame"])
-    ]
-    write_text(path, format_csv(columns, cells, setup.results.decimal))
-    return path
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Before a run
 
 
@@ -581,19 +341,33 @@ def measure_clip(setup: VideoSetup, clip: Clip) -> tuple[int, tuple[int, int], i
     Raises:
         VideoError, OSError: see Video.
     """
-    size, taken, geometry = (720, 1280), float(UNKNOWN_FRAMES), setup.configs[0].geometry
+    size, count, geometry = (720, 1280), setup.most or UNKNOWN_FRAMES, setup.configs[0].geometry
     if clip.camera is None:
         with Video(clip.path) as video:
             size = next(iter(video.frames(FrameOptions()))).image.shape[:2]
-            share = 1 / setup.frames.step if setup.frames.fps is None else min(1.0, setup.frames.fps / video.fps)
-            taken = (video.declared or UNKNOWN_FRAMES) * share
-    count = max(1, int(taken + 0.999))
+            count = frames_taken(video, setup)
     height, width = (max(1, int(side / setup.reduce + 0.5)) for side in size)
     tiles = 1
     if geometry.kind != "resize":
         probe = Network(replace(setup, forward=lambda batch: batch), Clock(), batch=1)
         tiles = int(np.prod([len(axis.origins) for axis in probe._axes(np.empty((0, height, width)))]))
-    return (count if setup.most is None else min(count, setup.most)), (height, width), tiles
+    return count, (height, width), tiles
+
+
+def frames_taken(video: Video, setup: VideoSetup) -> int:
+    """About how many frames of an opened video are taken."""
+    share = 1 / setup.frames.step if setup.frames.fps is None else min(1.0, setup.frames.fps / video.fps)
+    count = max(1, int((video.declared or UNKNOWN_FRAMES) * share + 0.999))
+    return count if setup.most is None else min(count, setup.most)
+
+
+def clip_disk(setup: VideoSetup, name: str, count: int, size: tuple[int, int]) -> tuple[int, int]:
+    """Bytes on disk of a video's results, likely and at most; of overlay videos roughly, for they compress unevenly."""
+    scale = 1.0 if setup.full_size else setup.reduce
+    height, width = (round(side * setup.reduce) for side in size) if setup.full_size else size
+    likely, most = disk_needed(Raster(name, height, width, scale), setup.configs[0], setup.results)
+    shown = height * width * min(1.0, LONGEST / max(height, width)) ** 2 if set(MOVING) & set(setup.kinds) else 0
+    return count * (likely + round(0.1 * shown)), count * (most + round(shown))
 
 
 def sum_clips(setup: VideoSetup, clips: Sequence[Clip]) -> float:

@@ -15,12 +15,14 @@ from tiny_runs import blobs, write_checkpoint
 
 import predict
 import video_prediction
+import video_results
 from annotation import video
 from annotation.frame_options import FrameOptions
 from annotation.video import Video, VideoError
 from checkpoint import Geometry
 from image_io import read_image, read_mask, write_image
-from video_prediction import Animation, find_clips, stop_on_interrupt
+from video_prediction import find_clips, stop_on_interrupt
+from video_results import Animation
 
 SIZE = (48, 60)
 
@@ -169,12 +171,12 @@ def test_overlay_video_and_animation(run, tmp_path):
 
 def test_an_animation_is_bounded(tmp_path):
     kept = Animation()
-    count = 2 * video_prediction.GIF_FRAMES + 7
+    count = 2 * video_results.GIF_FRAMES + 7
     pictures = [np.full((30, 960, 3), number % 256, np.uint8) for number in range(count)]
     assert sum(1 for _ in kept.collect(iter(pictures))) == count
     kept.write(tmp_path / "a.gif", 25)
     with Image.open(tmp_path / "a.gif") as gif:
-        assert gif.size == (480, 15) and gif.n_frames <= video_prediction.GIF_FRAMES
+        assert gif.size == (480, 15) and gif.n_frames <= video_results.GIF_FRAMES
         assert gif.info["duration"] == 160  # every fourth of 25 in a second
         values = []
         for place in range(3):
@@ -251,7 +253,7 @@ def test_a_killed_run_ends_with_the_same_files(run, tmp_path, kinds, capsys):
     go(run, path, tmp_path / "whole", "--save", kinds)
     number = os.fork()
     if number == 0:
-        write, seen = video_prediction.write_frame, []
+        write, seen = video_results.write_frame, []
 
         def counted(*args, **keywords):
             seen.append(1)
@@ -259,7 +261,7 @@ def test_a_killed_run_ends_with_the_same_files(run, tmp_path, kinds, capsys):
                 os.kill(os.getpid(), signal.SIGKILL)
             return write(*args, **keywords)
 
-        video_prediction.write_frame = counted
+        video_results.write_frame = counted
         go(run, path, tmp_path / "out", "--save", kinds)
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]) == -signal.SIGKILL
@@ -342,6 +344,44 @@ def test_a_grey_network_sees_grey_frames(tmp_path):
     assert len(stems(out / "masks")) == 2
 
 
+def test_tensorboard_shows_shares_over_time_and_frames_spread_over_the_video(run, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    go(
+        run,
+        write_clip(tmp_path / "a.avi", 12),
+        tmp_path / "out",
+        "--thumbnails",
+        "3",
+        "-log",
+        "logs",
+        "--save",
+        "labels",
+    )
+    (folder,) = (tmp_path / "logs").iterdir()
+    events = EventAccumulator(str(folder)).Reload()
+    with (tmp_path / "out/over_time/a.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file, delimiter=";"))
+    (name,) = (key.removeprefix("share_") for key in rows[0] if key.startswith("share_") and key != "share_background")
+    shown = events.Scalars(f"a share/{name}")
+    assert [each.step for each in shown] == [int(row["frame"]) for row in rows] == [*range(12)]
+    shares = [float(row[f"share_{name}"].replace(",", ".")) for row in rows]
+    assert [each.value for each in shown] == pytest.approx(shares, abs=1e-4) and max(shares) > 0
+    assert [each.step for each in events.Images("predict/a")] == [0, 4, 8]
+    assert len(events.Scalars(f"a objects/{name}")) == 12
+
+
+def test_the_estimate_of_disk_is_near_what_is_written(run, tmp_path, monkeypatch):
+    told, estimate = [], video_prediction.clip_disk
+    monkeypatch.setattr(video_prediction, "clip_disk", lambda *args: told.append(estimate(*args)) or told[-1])
+    clip = write_clip(tmp_path / "a.avi", 6, (120, 160))
+    go(run, clip, tmp_path / "out", "--dry-run", "--save", "mask,prob")
+    go(run, clip, tmp_path / "out", "--save", "mask,prob")
+    written = sum(path.stat().st_size for path in (tmp_path / "out").glob("[mr]a*/*.png"))
+    ((likely, most),) = told
+    assert written <= most and likely / 4 <= written <= 4 * likely
+
+
 def test_dry_run_predicts_nothing(run, tmp_path, capsys):
     clip = write_clip(tmp_path / "a.avi", 20, (90, 150))
     go(run, clip, tmp_path / "out", "--dry-run", "--step", "2")
@@ -378,7 +418,7 @@ def test_an_absent_camera_is_named(run, tmp_path, monkeypatch, capsys):
 def test_ctrl_c_ends_a_recording_well(run, tmp_path, monkeypatch, capsys):
     clip = write_clip(tmp_path / "a.avi", 40)
     monkeypatch.setattr(video, "_open_camera", lambda number: cv2.VideoCapture(str(clip)))
-    write, seen = video_prediction.write_frame, []
+    write, seen = video_results.write_frame, []
 
     def counted(*args, **keywords):
         seen.append(1)
@@ -386,7 +426,7 @@ def test_ctrl_c_ends_a_recording_well(run, tmp_path, monkeypatch, capsys):
             os.kill(os.getpid(), signal.SIGINT)
         return write(*args, **keywords)
 
-    monkeypatch.setattr(video_prediction, "write_frame", counted)
+    monkeypatch.setattr(video_results, "write_frame", counted)
     go(run, "0", tmp_path / "out", "--save", "mask,video")
     count = len(stems(tmp_path / "out" / "masks"))
     assert 3 <= count < 20 and f"camera_0: {count} frames" in capsys.readouterr().out
