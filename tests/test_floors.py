@@ -17,6 +17,7 @@ FLOORS = (
     {
         "augmentations",
         "cli",
+        "ema",
         "events",
         "export_layers",
         "losses",
@@ -29,6 +30,7 @@ FLOORS = (
         "tile_pyramid",
         "tiling",
     },
+    {"predecessor"},
     {
         "checkpoint",
         "pairing",
@@ -51,8 +53,10 @@ FLOORS = (
     {"normalisation"},
     {"predictor"},
     {"annotation", "slide_scoring"},
+    {"picture_prediction", "video_results"},
+    {"evaluation", "learner"},
     {"trainer", "video_prediction"},
-    {"baselines", "export_measure"},
+    {"baselines", "export_measure", "folds", "lr_finder", "train_options"},
     {"annotate", "export_onnx", "predict", "pretrain", "train", "validate", "dataset_utils", "benchmarks"},
 )
 COMMANDS = FLOORS[-1]
@@ -64,7 +68,7 @@ HEAVY = {
     "matplotlib": {"plots.py"},
     "segmentation_models_pytorch": {"model.py"},
     "timm": {"model.py"},
-    "accelerate": {"trainer.py"},
+    "accelerate": {"learner.py"},
     "onnx": {"onnx_export.py", "export_graph.py", "export_onnx.py", "quantisation.py"},
     "onnxruntime": {"onnx_export.py", "export_onnx.py", "quantisation.py"},
     "transformers": {"annotation/sam.py"},
