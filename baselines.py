@@ -8,9 +8,9 @@ from skimage.filters import threshold_otsu
 
 from classes import ClassMap
 from dataset import EvaluationSet, load_image, load_mask, load_region
+from evaluation import build_scorer
 from image_io import IGNORE_INDEX
 from metrics import score_text
-from trainer import build_scorer
 
 
 def score_baselines(data: EvaluationSet, *, empty: str) -> dict[str, dict[str, Any]]:

@@ -10,12 +10,12 @@ import numpy as np
 from checkpoint import ModelConfig
 from classes import ClassMap
 from dataset import load_pair
+from evaluation import build_scorer
 from export_graph import Shell
 from image_io import normalise, resize_image, resize_mask
 from pairing import SPLITS, DatasetError, FileOptions, find_split
 from slide_windows import SlideOptions, is_slide
 from tiling import reflect_index, round_up
-from trainer import build_scorer
 
 REPEATS = 20  # calls whose median is a latency
 

@@ -20,12 +20,12 @@ if TYPE_CHECKING:  # what these load would make --help wait for seconds
     import numpy as np
 
     from checkpoint import ModelConfig
+    from evaluation import Prediction
     from object_metrics import ObjectScores
     from outputs import Outputs
     from pairing import Listing, Pair
     from postprocess import Filters
     from slide_scoring import SlidePrediction
-    from trainer import Prediction
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -253,19 +253,19 @@ def validate(
 ) -> dict[str, Any] | None:
     """Predict every image, write what was asked for, return the summary of scores; None without masks."""
     import baselines
-    import trainer
+    import evaluation
     from classes import ClassMap
     from dataset import EvaluationSet
     from outputs import write_tables
     from results import filters_of
 
-    scorer = trainer.build_scorer(config, threshold=threshold, empty=args.empty)
+    scorer = evaluation.build_scorer(config, threshold=threshold, empty=args.empty)
     extra = ExtraScores(args.objects, args.cldice)
     filters = filters_of(args)
     data = EvaluationSet(listing.pairs, ClassMap.from_config(config), config, with_images=outputs.plots)
-    predictions = trainer.predict_samples(forward, data, workers=args.workers, description="predicting")
+    predictions = evaluation.predict_samples(forward, data, workers=args.workers, description="predicting")
     seen = write_outputs(predictions, config, outputs, threshold, extra, filters)
-    result = trainer.evaluate(seen, scorer, keep_worst=args.worst)
+    result = evaluation.evaluate(seen, scorer, keep_worst=args.worst)
     if not listing.has_masks:
         return None
     summary = {**result.summary, "checkpoint_thresholds": config.thresholds, **extra_summary(extra)}
@@ -275,7 +275,7 @@ def validate(
         summary["baselines"] = baselines.score_baselines(data, empty=args.empty)
     write_tables(outputs.folder, scorer, summary, args.decimal)
     if is_scored(summary):
-        log_tensorboard(args, outputs.folder, summary, trainer.worst_panels(result.worst, config, threshold))
+        log_tensorboard(args, outputs.folder, summary, evaluation.worst_panels(result.worst, config, threshold))
     return summary
 
 
@@ -288,10 +288,10 @@ def write_outputs(
     filters: Filters,
 ) -> Iterator[Prediction | SlidePrediction]:
     """Decide and filter, write masks, probabilities and plots of each prediction as it passes."""
+    from evaluation import build_scorer
     from outputs import decide, write_plot, write_prediction
     from postprocess import Filters, filter_mask
     from slide_scoring import Filtering, SlidePrediction
-    from trainer import build_scorer
 
     for prediction in predictions:
         if isinstance(prediction, SlidePrediction):

@@ -18,10 +18,11 @@ import torch
 
 import cli
 from dataset import Batch
+from learner import FitOptions, Learner, build_learner
 from losses import build_loss
 from model import build_model, count_parameters
 from networks.single_values import tolerate_single_values
-from trainer import FitOptions, Learner, build_learner, train_one_epoch
+from trainer import train_one_epoch
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -12,7 +12,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-import trainer
 from augmentations import Augmentation
 from checkpoint import Geometry, ModelConfig
 from classes import ClassMap
@@ -50,8 +49,8 @@ def main() -> None:
     trained = peak() - before
     forward = lambda batch: np.ascontiguousarray(1 - batch[:, :1].clip(-1, 1) / 2 - 0.5)  # noqa: E731
     evaluation = EvaluationSet([pair], classes, config)
-    predictions = trainer.predict_samples(forward, evaluation, workers=0)
-    result = trainer.evaluate(predictions, trainer.build_scorer(config), keep_worst=1)
+    predictions = evaluation.predict_samples(forward, evaluation, workers=0)
+    result = evaluation.evaluate(predictions, evaluation.build_scorer(config), keep_worst=1)
     assert result.summary["pixels"] == 12_000 * 12_000
     sys.stdout.write(f"{trained:.1f} {peak() - before:.1f}")
 

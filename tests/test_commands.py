@@ -226,8 +226,8 @@ def test_raw_holds_probabilities_and_is_never_stretched(trained, discs, tmp_path
     from backends import load_forward
     from classes import ClassMap
     from dataset import EvaluationSet
+    from evaluation import predict_samples
     from pairing import FileOptions, find_split
-    from trainer import predict_samples
 
     config, forward, _ = load_forward(trained / "run.pth", "cpu")
     data = EvaluationSet(find_split(discs / "val", None, FileOptions()).pairs, ClassMap.from_config(config), config)

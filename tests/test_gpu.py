@@ -16,9 +16,10 @@ from backends import load_forward, torch_forward
 from checkpoint import load_checkpoint
 from dataset import Batch
 from image_io import read_mask
+from learner import FitOptions, build_learner
 from losses import LOSSES, build_loss
 from optim import ScheduleOptions
-from trainer import FitOptions, TrainingStopped, add_counts, build_learner, train_one_epoch
+from trainer import TrainingStopped, add_counts, train_one_epoch
 
 pytestmark = pytest.mark.gpu
 

@@ -16,12 +16,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_runs import blobs, write_checkpoint, write_slide
 
 import predict
-import trainer
 import validate
 from backends import load_forward
 from checkpoint import Geometry
 from classes import ClassMap
 from dataset import EvaluationSet
+from evaluation import build_scorer, evaluate, predict_samples
 from image_io import read_image, read_mask, write_mask
 from image_io import write_image as save
 from pairing import FileOptions
@@ -251,15 +251,15 @@ def test_training_validation_and_files_give_the_same_counts(tmp_path, classes, c
     _, forward, _ = load_forward(tmp_path / "run" / "best.pth", "cpu")
     listing = FileOptions(roi_dir="roi").listing(data)
     evaluation = EvaluationSet(listing.pairs, ClassMap.from_config(config), config)
-    trained = trainer.build_scorer(config)
-    trainer.evaluate(trainer.predict_samples(forward, evaluation, workers=0), trained)
+    trained = build_scorer(config)
+    evaluate(predict_samples(forward, evaluation, workers=0), trained)
 
     run = ["-cd", tmp_path / "run", "-d", data, "--cpu", "--backend", "torch"]
     validate.main([str(word) for word in (*run, "-w", 0, "-o", tmp_path / "validated")])
     validated = json.loads((tmp_path / "validated" / "_metrics.json").read_text())
 
     predict.main([str(word) for word in (*run, "-o", tmp_path / "predicted", "--thumbnails", 0)])
-    files = trainer.build_scorer(config)
+    files = build_scorer(config)
     values = [0, *config.labels]
     for sample in evaluation:
         written = read_mask(tmp_path / "predicted" / "masks" / f"{sample.pair.name}.png")

@@ -221,15 +221,15 @@ def test_a_complete_run_says_so(data, tmp_path, capsys):
 
 
 def test_the_best_epoch_is_scored_once(data, tmp_path, capsys, monkeypatch):
-    import trainer
+    import evaluation
 
-    score, calls = trainer.predict_samples, []
+    score, calls = evaluation.predict_samples, []
 
     def counted(*args, **keywords):
         calls.append(1)
         return score(*args, **keywords)
 
-    monkeypatch.setattr(trainer, "predict_samples", counted)
+    monkeypatch.setattr(evaluation, "predict_samples", counted)
     words = words_for(data, tmp_path, "run", epochs=2)
     train.main(words)
     known = capsys.readouterr().out.split("best epoch ")[1]

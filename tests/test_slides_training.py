@@ -19,13 +19,13 @@ from slides import (
     write_slides,
 )
 
+import evaluation
 import predict
 import results
 import scan
 import slide_index
 import slide_windows
 import train
-import trainer
 import validate
 from augmentations import Augmentation
 from backends import load_forward
@@ -656,9 +656,9 @@ def test_training_validation_and_predicted_files_count_the_same(trained, tmp_pat
     assert config.geometry.reduction == 2 and config.tissue == "saturation"
     classes, loss = ClassMap.from_config(config), build_loss("0.3*ce+0.7*dice", num_logits=1)
     pairs = list_pairs(root / "val").pairs
-    scorer = trainer.build_scorer(config)
-    predictions = trainer.predict_samples(forward, EvaluationSet(pairs, classes, config), workers=0)
-    result = trainer.evaluate(predictions, scorer, loss=loss, keep_worst=2)
+    scorer = evaluation.build_scorer(config)
+    predictions = evaluation.predict_samples(forward, EvaluationSet(pairs, classes, config), workers=0)
+    result = evaluation.evaluate(predictions, scorer, loss=loss, keep_worst=2)
     assert scorer.confusion.tolist() == validated
     epochs = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert max(row["val"][root.name]["iou"] for row in epochs) == pytest.approx(result.summary["iou"], abs=1e-12)
@@ -668,14 +668,14 @@ def test_training_validation_and_predicted_files_count_the_same(trained, tmp_pat
     with SlidePair(pairs[0], SlideOptions.from_config(config)) as slide:
         truth = slide.labels(classes, 0, 0, slide.height, slide.width)
     for folder in ("out", "scores"):
-        scored = trainer.build_scorer(config)
+        scored = evaluation.build_scorer(config)
         scored.update_pred("val0", read_mask(tmp_path / folder / "masks" / "val0.png") > 0, truth)
         assert scored.confusion.tolist() == validated, folder
     raw = [(tmp_path / folder / "raw" / "val0.png").read_bytes() for folder in ("out", "scores")]
     assert raw[0] == raw[1] and (tmp_path / "scores" / "overlays" / "val0.png").is_file()
 
     probs = read_mask(tmp_path / "out" / "raw" / "val0.png")[None].astype(np.float32) / 65535
-    assert result.loss == pytest.approx(trainer.loss_of_probs(loss, probs, truth), abs=2e-4)
+    assert result.loss == pytest.approx(evaluation.loss_of_probs(loss, probs, truth), abs=2e-4)
     (shown,) = result.worst
     assert shown.image.shape[:2] == shown.mask.shape == shown.probs.shape[1:] and shown.mask.size < truth.size
 
@@ -711,7 +711,7 @@ def test_several_classes_count_the_same_everywhere(tmp_path, monkeypatch):
     assert config.class_names == ("background", "artery", "vein") and config.num_logits == 3
     words = ["-cd", "logs/run", "--cpu", "--backend", "torch", "-o", "out"]
     predict.main(["-i", "data/val/images/s.svs", *words])
-    scored = trainer.build_scorer(config)
+    scored = evaluation.build_scorer(config)
     truth = np.array([0, 2, 1], np.uint8)[draw_slide(2, (260, 320), classes=2, radius=(10, 25))[1]]
     scored.update_pred("s", read_mask(tmp_path / "out" / "masks" / "s.png").astype(np.uint8), truth)
     assert scored.confusion.tolist() == confusion_of(tmp_path / "scores" / "_metrics.json")

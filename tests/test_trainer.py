@@ -10,19 +10,22 @@ from discs import write_dataset, write_split
 from torch import nn
 
 import baselines
+import evaluation
 import trainer
 from augmentations import Augmentation
 from backends import torch_forward
 from checkpoint import Geometry, ModelConfig
 from classes import ClassMap
 from dataset import Batch, EpochSampler, EvaluationSet, TrainingBatches, TrainingSet
+from evaluation import Evaluation
 from image_io import write_image, write_mask
+from learner import FitOptions, Progress, build_learner
 from losses import build_loss
 from metrics import confusion_matrix
 from model import build_model
 from optim import ScheduleOptions
 from pairing import FileOptions, Pair, find_split
-from trainer import Evaluation, FitOptions, Progress, TrainingStopped, build_learner, train_one_epoch
+from trainer import TrainingStopped, train_one_epoch
 
 
 def make_config(labels=(255,), geometry=None, channels=3):
@@ -86,8 +89,8 @@ def test_four_images_are_learned_by_heart(tmp_path, labels, loss, geometry):
         sampler.set_epoch(epoch)
         first_or_last = train_one_epoch(learner, batches, function, options, config.num_logits)
     forward = torch_forward(learner.model, "cpu")
-    predictions = trainer.predict_samples(forward, EvaluationSet(pairs, classes, config), workers=0)
-    result = trainer.evaluate(predictions, trainer.build_scorer(config), loss=function, keep_worst=1)
+    predictions = evaluation.predict_samples(forward, EvaluationSet(pairs, classes, config), workers=0)
+    result = evaluation.evaluate(predictions, evaluation.build_scorer(config), loss=function, keep_worst=1)
     assert result.summary["iou"] > 0.9, result.summary
     assert first_or_last["iou"] > 0.9 and result.loss < 0.3
     assert all(row["iou"] > 0.85 for row in result.summary["per_class"])
@@ -316,7 +319,7 @@ def test_loss_from_probabilities_is_that_of_logits(num_logits, name):
     mask = torch.randint(0, max(2, num_logits), (8, 8), generator=rng)
     probs = logits.sigmoid() if num_logits == 1 else logits.softmax(1)
     loss = build_loss(name, num_logits=num_logits)
-    value = trainer.loss_of_probs(loss, probs[0].numpy(), mask.byte().numpy())
+    value = evaluation.loss_of_probs(loss, probs[0].numpy(), mask.byte().numpy())
     assert value == pytest.approx(float(loss(logits, mask[None])), rel=1e-4)
 
 
@@ -327,9 +330,9 @@ def test_the_worst_images_are_kept_in_order(tmp_path):
         mask = np.ones((10, 10), np.uint8)
         probs = np.zeros((1, 10, 10), np.float32)
         probs[0].flat[: int(100 * share)] = 1
-        sample = trainer.Sample(Pair(f"i{place}", tmp_path), (10, 10), torch.zeros(3, 1, 1), None)
-        predictions.append(trainer.Prediction(sample, probs, mask))
-    result = trainer.evaluate(iter(predictions), trainer.build_scorer(config), keep_worst=2)
+        sample = evaluation.Sample(Pair(f"i{place}", tmp_path), (10, 10), torch.zeros(3, 1, 1), None)
+        predictions.append(evaluation.Prediction(sample, probs, mask))
+    result = evaluation.evaluate(iter(predictions), evaluation.build_scorer(config), keep_worst=2)
     assert [(item[1].name, item[0]) for item in result.worst] == [("i1", 0.1), ("i3", 0.3)]
     assert result.loss is None and result.summary["iou"] == pytest.approx(0.45)
 
@@ -344,7 +347,7 @@ def test_probabilities_that_are_not_finite_name_the_image(tmp_path):
             return np.full((len(batch), 1, *batch.shape[2:]), np.nan, np.float32)
 
         with pytest.raises((ValueError, RuntimeError), match=r"spoiled\.png.*finite|spoiled\.png.*NaN"):
-            list(trainer.predict_samples(broken, data, workers=0))
+            list(evaluation.predict_samples(broken, data, workers=0))
 
 
 def test_baselines_need_no_network(tmp_path):
