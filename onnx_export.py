@@ -27,6 +27,8 @@ OPSET = 18
 REVISION = 1  # of what this module writes; files of another one are exported anew
 DESCRIPTION = "tessera"  # the metadata entry that holds the ModelConfig, and by which a file is known as ours
 LARGEST_DIFFERENCE = 1e-3  # of the logits, in units of their spread
+OWN_ERROR = 1e-2  # of PyTorch in float32, in the same units, up to which it is taken for rounding
+OWN_ERRORS = 4  # times it, for a file where rounding is enlarged
 SMALLEST_SPREAD = 1e-3  # of the logits; below it all probabilities are alike and any two networks would agree
 PROOF_BATCHES = (1, 3)
 EXPORT_SECONDS = 30  # roughly what an export with its proof takes on two cores
@@ -218,24 +220,39 @@ def prove_equal(model: bytes, network: nn.Module, config: ModelConfig, form: For
             found, size = run(image.numpy()), f"{batch} images of {height}x{width}"
             if found.shape != expected.shape:
                 raise ExportError(f"the export gives {found.shape} for {size}, the network {expected.shape}")
-            worst = max(worst, _difference(found, expected, size))
+            difference = float(np.abs(found - expected).max()) / _spread(expected, size)
+            if not difference <= LARGEST_DIFFERENCE and not _as_exact(found, expected, network, image):
+                raise ExportError(
+                    f"the export differs from the network by {difference:.1e} of the logits' spread on noise ({size}), "
+                    f"expected {LARGEST_DIFFERENCE:g} or less"
+                )
+            worst = max(worst, difference)
     return worst
 
 
-def _difference(found: np.ndarray, expected: np.ndarray, size: str) -> float:
+def _spread(expected: np.ndarray, size: str) -> float:
     spread = float(np.sqrt(expected.var(axis=(0, 2, 3), dtype=np.float64).mean()))
     if not spread >= SMALLEST_SPREAD:
         raise ExportError(
             f"the proof is void: on noise ({size}) the logits have a spread of {spread:.1e}, expected "
             f"{SMALLEST_SPREAD:g} or more, as any trained network has"
         )
-    difference = float(np.abs(found - expected).max()) / spread
-    if not difference <= LARGEST_DIFFERENCE:
-        raise ExportError(
-            f"the export differs from the network by {difference:.1e} of the logits' spread on noise ({size}), "
-            f"expected {LARGEST_DIFFERENCE:g} or less"
-        )
-    return difference
+    return spread
+
+
+@torch.inference_mode()
+def _as_exact(found: np.ndarray, expected: np.ndarray, network: nn.Module, image: Tensor) -> bool:
+    """Whether a file is off by no more than a few times what PyTorch itself is off in float32.
+
+    Attention over products in the thousands, as MAnet's with random weights, turns rounding into visible differences;
+    those are no fault of the file.
+    """
+    try:
+        exact = copy.deepcopy(network).double()(image.double()).numpy()
+    except RuntimeError:  # a layer that insists on float32
+        return False
+    own = np.abs(expected - exact).max()
+    return bool(own < OWN_ERROR * exact.std() and np.abs(found - exact).max() <= OWN_ERRORS * own)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -173,6 +173,31 @@ def test_a_planted_fault_is_refused(plain, plant, monkeypatch):
     assert "TorchScript: " in str(error.value)
 
 
+class Rounded(nn.Module):
+    """A network whose answers lose digits."""
+
+    def __init__(self, network, constant):
+        super().__init__()
+        self.network, self.constant = network, constant
+
+    def forward(self, image):
+        return (self.network(image) + self.constant) - self.constant
+
+
+def test_rounding_that_pytorch_enlarges_is_no_fault_of_the_file(plain):
+    network, config = plain
+    good = describe(onnx_export._export_script(network, config, onnx_export.ANY_SIZE), config)
+    bad = copy.deepcopy(network)
+    bad.segmentation_head[0].weight.data *= 1.03
+    bad = describe(onnx_export._export_script(bad, config, onnx_export.ANY_SIZE), config)
+    for constant, low, high in ((0, 0, 1e-4), (6e4, 1e-3, 1e-2)):  # neighbours of 6e4 in float32 are 4e-3 apart
+        assert low < prove_equal(good, Rounded(network, constant), config) < high
+        with pytest.raises(ExportError, match="differs from the network"):
+            prove_equal(bad, Rounded(network, constant), config)
+    with pytest.raises(ExportError, match="differs from the network"):
+        prove_equal(good, Rounded(network, 1e6), config)
+
+
 def test_a_graph_of_one_size_is_refused(plain, monkeypatch, tmp_path):
     network, config = plain
     with onnx_export._quiet():
