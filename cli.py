@@ -18,7 +18,7 @@ import settings
 
 VERSION = "0.1.0"
 ROOT = Path(__file__).resolve().parent
-LIBRARIES = ("torch", "torchvision", "segmentation-models-pytorch", "timm", "albumentations", "numpy", "tifffile")
+LIBRARIES = ("torch", "torchvision", "segmentation-models-pytorch", "timm", "numpy", "tifffile")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
