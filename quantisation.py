@@ -1,6 +1,7 @@
 """A network in fewer bits: int8 or float16, kept only where it is measured to be faster and to lose little."""
 
 import contextlib
+import io
 import itertools
 import json
 import logging
@@ -411,9 +412,10 @@ def _calibrate(prepared: Path, types: Sequence[str], tiles: Iterator[np.ndarray]
         )
     name = _load(prepared).graph.input[0].name
     for tile in tiles:
-        with _convertible():
+        with _convertible(), _silent():
             calibrator.collect_data(_OneTile({name: tile}))
-    return calibrator.compute_data()
+    with _convertible(), _silent():
+        return calibrator.compute_data()
 
 
 class _OneTile:
@@ -495,6 +497,11 @@ def _not_converted(model: bytes, kind: str, error: Exception) -> Quantised:
         "takes. Use the float file"
     )
     return Quantised(model, *(math.nan,) * 4, (), False, reason)
+
+
+def _silent() -> contextlib.AbstractContextManager[object]:
+    """Histograms print a line for every tile."""
+    return contextlib.redirect_stdout(io.StringIO())
 
 
 @contextlib.contextmanager
