@@ -3,16 +3,19 @@
 Examples:
     python export_onnx.py -cd logs/myrun -ds data/mine
     python export_onnx.py -c logs/myrun/myrun.pth -o deploy/mine.onnx --with-preprocessing --with-postprocessing mask
+    python export_onnx.py -c theirs.onnx -o ours.onnx --mean 123.7 116.3 103.5 --std 58.4 57.1 57.4 --class-list 255
 
 A file takes any batch, height and width: it pads to the sides that the network needs and cuts the result again. It is
 written only after it gave what PyTorch gives. Its metadata hold the whole description of the network, so that
-validate.py and predict.py take it in place of the checkpoint. report.json beside it holds the figures of the table.
+validate.py and predict.py take it in place of the checkpoint. report.json beside it holds the figures of the table. An
+ONNX file of another project becomes such a file when flags say what is not in it.
 """
 
 import argparse
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,16 +23,13 @@ from typing import TYPE_CHECKING, Any
 import cli
 
 if TYPE_CHECKING:
-    import numpy as np
-    from torch import nn
-
     from checkpoint import ModelConfig
+    from export_file import Export, Source
     from export_graph import Shell
     from export_measure import Tile
-    from export_proof import Proof
+    from foreign_onnx import Facts
 
 OPSETS = (13, 23)
-ORIGIN = "export_onnx.py"
 REPORT = "report.json"
 
 
@@ -41,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_file_args(parser)
     add_quantise_args(parser)
     add_proof_args(parser)
+    add_foreign_args(parser)
     return parser
 
 
@@ -114,6 +115,42 @@ def add_proof_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tiles", type=cli.positive_int, default=16, metavar="N", help="images of -ds to try it on")
 
 
+def add_foreign_args(parser: argparse.ArgumentParser) -> None:
+    """Add what an ONNX file of another project does not say about itself."""
+    group = parser.add_argument_group("ONNX file of another project, with -c FILE.onnx")
+    group.add_argument(
+        "--mean",
+        nargs="+",
+        type=float,
+        metavar="X",
+        help="of each channel in its training, in units of the pixels, so 255 times that of images of 0 to 1",
+    )
+    group.add_argument(
+        "--std",
+        nargs="+",
+        type=cli.positive_float,
+        metavar="X",
+        help="standard deviations likewise",
+    )
+    group.add_argument(
+        "--like", type=Path, metavar="FILE", help="checkpoint or ONNX file whose whole description fits, but for flags"
+    )
+    cli.add_label_args(group)
+    group.add_argument(
+        "--image-size",
+        type=cli.positive_int,
+        nargs="+",
+        metavar="S",
+        help="it sees whole images resized to this side, or height and width; without it tiles at native scale",
+    )
+    cli.add_tile_side_args(group)
+    group.add_argument(
+        "--gives", choices=("logits", "probabilities"), help="what its output holds; default: told by the values"
+    )
+    group.add_argument("--output-name", default="", metavar="NAME", help="its output; default: the first that fits")
+    cli.add_switch(group, "--bgr", help="its channels, --mean and --std are in the order blue, green, red")
+
+
 def opset(text: str) -> int:
     """Argparse type: a version of ONNX that can be written."""
     number = cli.positive_int(text)
@@ -133,6 +170,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(args: argparse.Namespace) -> list[str]:
     """Export every checkpoint of the flags; return what went wrong with those of a folder."""
+    from export_report import table, write_report
+
     check_flags(args)
     paths = find_paths(args)
     targets = [find_target(path, args) for path in paths]
@@ -147,7 +186,7 @@ def run(args: argparse.Namespace) -> list[str]:
             failures.append(f"{path}: {cli.plain_message(error)}")
             continue
         rows += made
-        write_report(target.parent / REPORT, made)
+        print(write_report(target.parent / REPORT, made))
     if rows:
         print(table(rows))
     return failures
@@ -181,16 +220,77 @@ def find_paths(args: argparse.Namespace) -> list[Path]:
     """The checkpoints of the flags.
 
     Raises:
-        cli.UsageError: the file is an export already. FileNotFoundError: there is none.
+        cli.UsageError: the file is an export already, or flags are for another kind of file. FileNotFoundError: there
+            is none.
     """
     from checkpoint import find_checkpoint, list_checkpoints
+    from onnx_export import is_ours
 
     if args.dir:
         return list_checkpoints(args.dir)
     path = args.check_path or find_checkpoint(args.check_dir)
     if path.suffix.lower() == ".onnx":
-        raise cli.UsageError(f"{path} is an ONNX file already; expected the checkpoint (.pth) that it was made from")
+        if is_ours(path):
+            raise cli.UsageError(f"{path} is an export already; expected the checkpoint (.pth) that it was made from")
+        check_foreign_flags(path, args)
+    else:
+        check_no_foreign_flags(path, args)
     return [path]
+
+
+def check_foreign_flags(path: Path, args: argparse.Namespace) -> None:
+    """Refuse what is missing, or cannot be, for an ONNX file of another project.
+
+    Raises:
+        cli.UsageError: see the messages.
+    """
+    from foreign_onnx import describe_ends
+
+    if not args.like and not (args.mean and args.std):
+        raise cli.UsageError(
+            f"{path} is an ONNX file of another project ({describe_ends(path)}), and nothing says how its images were "
+            "normalised: give --mean and --std, a number for each channel in units of the pixels. Of a network for "
+            "images divided by 255 they are 255 times its own; where it knows none, --mean 0 0 0 --std 255 255 255. "
+            "Or --like CHECKPOINT"
+        )
+    if bool(args.mean) != bool(args.std) or len(args.mean or ()) != len(args.std or ()):
+        counts = f"{len(args.mean or ())} and {len(args.std or ())}"
+        raise cli.UsageError(f"--mean and --std have {counts} numbers; expected one of each for each channel")
+    if not all(map(math.isfinite, args.mean or ())):
+        raise cli.UsageError(f"--mean {' '.join(map(str, args.mean))}: expected finite numbers")
+    if args.output is None:
+        raise cli.UsageError(f"-o FILE.onnx is needed: {path} stays as it is")
+    if args.torchscript:
+        raise cli.UsageError(f"--torchscript needs a checkpoint, and {path} is an ONNX file: leave it out")
+    if len(args.image_size or ()) > 2 or (args.image_size and (args.tile_size or args.overlap is not None)):
+        raise cli.UsageError("--image-size takes a side, or height and width, and no --tile-size or --overlap with it")
+
+
+# Of a description that another file is to be like: what its graph does not say.
+LIKE = (
+    *("geometry", "mask_threshold", "max_mask_val", "roi_dir", "preprocess", "dtype", "value_range"),
+    *("batch", "val_share", "group_pattern", "tissue", "thresholds"),
+)
+FOREIGN_ALONE = ("mean", "std", "like", "gives", "output_name", "bgr")
+FOREIGN_SHARED = ("class_list", "class_names", "ignore_label", "add_dirs", "image_size", "tile_size", "overlap")
+
+
+def check_no_foreign_flags(path: Path, args: argparse.Namespace) -> None:
+    """Refuse flags that say what a checkpoint says itself; those of a settings file of training are named.
+
+    Raises:
+        cli.UsageError: see the message.
+    """
+    alone, shared = (
+        [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) not in (None, False, "", [])]
+        for names in (FOREIGN_ALONE, FOREIGN_SHARED)
+    )
+    if alone:
+        raise cli.UsageError(
+            f"{' '.join(alone)} describe an ONNX file of another project; {path} says all this itself: leave them out"
+        )
+    if shared:
+        print(f"warning: {path} says itself what {' '.join(shared)} would say; not looked at")
 
 
 def find_target(path: Path, args: argparse.Namespace) -> Path:
@@ -203,13 +303,15 @@ def find_target(path: Path, args: argparse.Namespace) -> Path:
     from backends import is_onnx
     from onnx_export import read_description
 
-    stem = path.stem if path.suffix == ".pth" else path.name
+    stem = path.stem if path.suffix in (".pth", ".onnx") else path.name
     out = args.output or path.parent
     if is_onnx(out) and args.dir:
         raise cli.UsageError(f"-o {out} is one file and -d exports all checkpoints of a folder: give a folder")
     if not is_onnx(out) and out.is_file():
         raise cli.UsageError(f"-o {out} is a file whose name does not end in .onnx; expected FILE.onnx or a folder")
     target = out if is_onnx(out) else out / f"{stem}.onnx"
+    if target.resolve() == path.resolve():
+        raise cli.UsageError(f"-o {out} would replace {path} itself: give another name or folder")
     if target.exists() and not args.replace:
         try:
             read_description(target)
@@ -236,143 +338,100 @@ def shell_of(args: argparse.Namespace, config: "ModelConfig") -> "Shell":
         )
     threshold = cli.pick_threshold(args.thres, config.thresholds, config.num_logits)
     pixels = (args.input_dtype or config.dtype) if args.with_preprocessing else ""
-    return Shell(pixels, args.with_postprocessing or "logits", threshold, pick_size(args, config, forced=False))
+    output = args.with_postprocessing or ("probabilities" if config.activation == "none" else "logits")
+    return Shell(pixels, output, threshold, fixed_size(args))
 
 
-def pick_size(args: argparse.Namespace, config: "ModelConfig", *, forced: bool) -> tuple[int, int] | None:
-    """The fixed size of the flags, or with `forced` that of the network's tiles; None: any."""
-    if args.fixed_size:
-        return args.fixed_size[0], args.fixed_size[-1]
-    geometry = config.geometry
-    if not forced:
-        return None
-    return geometry.size if geometry.kind == "resize" else (geometry.tile, geometry.tile)
+def fixed_size(args: argparse.Namespace) -> tuple[int, int] | None:
+    """The fixed size of the flags; None: any."""
+    return (args.fixed_size[0], args.fixed_size[-1]) if args.fixed_size else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Export
 
 
-@dataclass(frozen=True)
-class Export:
-    """A finished file that is not written yet. bare: the network alone; config: what the metadata say."""
-
-    model: bytes
-    bare: bytes
-    config: "ModelConfig"
-    shell: "Shell"
-    proof: "Proof"
-    metadata: dict[str, str]
-
-
 def export_one(path: Path, target: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Export, prove, write and measure one checkpoint; returns the rows of its table."""
-    from backends import file_digest, load_network
+    from export_file import describe_outside, describe_proof, describe_source, load_source, make_export, make_script
     from export_graph import fit_config
     from export_measure import load_tiles
+    from export_report import measure
     from image_io import atomic_write
 
-    config, network = load_network(path)
-    shell = shell_of(args, config)
-    print(f"checkpoint {path}: {config.architecture} {config.encoder}, {config.geometry.kind}")
-    fitted = fit_config(config, shell.size) if shell.size else config
+    source, size = adopt_file(path, args) if path.suffix.lower() == ".onnx" else (load_source(path), fixed_size(args))
+    shell = replace(shell_of(args, source.config), size=size)
+    print(describe_source(source))
+    fitted = fit_config(source.config, shell.size) if shell.size else source.config
     tiles = load_tiles(args.real_images, fitted, args.tiles) if args.real_images else []
     check_pixels(tiles, shell)
-    made = export_network(network, config, shell, args, tiles, file_digest(path))
+    pixels = [tile.pixels for tile in tiles]
+    made = make_export(source, shell, args.opset, pixels)
+    if "fixed_because" in made.metadata:
+        only = made.metadata["size"]
+        print(f"warning: free sides do not work ({made.metadata['fixed_because']}); exported for {only} alone")
+    exports = {"onnx": target}
     with atomic_write(target) as file:
         file.write(made.model)
-    print(
-        f"{target}: {describe_outside(made.shell)}, exported by {made.metadata['exporter']}; {proof_line(made.proof)}"
-    )
-    script = None
+    how = f"exported by {made.metadata['exporter']}" if source.bare is None else "the graph of another project"
+    print(f"{target}: {describe_outside(made.shell)}, {how}; {describe_proof(made.proof)}")
     if args.torchscript:
-        script = write_script(target.with_suffix(".pt"), network, config, made, tiles)
-    smaller = quantised_file(target, config, made, args, tiles) if args.quantize or args.target == "cuda" else {}
-    return measure(path, {"onnx": target, **smaller}, network, made, tiles, script)
+        exports["torchscript"] = target.with_suffix(".pt")
+        content = make_script(source, made, pixels)
+        with atomic_write(exports["torchscript"]) as file:
+            file.write(content)
+        print(f"{exports['torchscript']}: TorchScript, the same proof")
+    if args.quantize or args.target == "cuda":
+        exports |= quantised_file(target, source.config, made, args, tiles)
+    return measure(source, exports, made, tiles)
 
 
-def export_network(
-    network: "nn.Module",
-    config: "ModelConfig",
-    shell: "Shell",
-    args: argparse.Namespace,
-    tiles: Sequence["Tile"],
-    digest: str,
-) -> Export:
-    """Export with free sides, or with a fixed size where the flags say so or nothing else works; prove the whole file.
+def adopt_file(path: Path, args: argparse.Namespace) -> tuple["Source", tuple[int, int] | None]:
+    """An ONNX file of another project with a description from the flags, and the only size that it takes, if any.
 
     Raises:
-        onnx_export.ExportError: no exporter made a file that agrees.
+        cli.UsageError, ValueError: file and flags do not go together; the message says which flag to give.
     """
-    import onnx_export
+    from export_file import foreign_source, own_size
+    from foreign_onnx import adopt
+    from predictor import geometry_from_flags
 
-    entries = {"digest": digest, "origin": ORIGIN}
-    if shell.size is None:
-        try:
-            return finish(network, config, shell, args.opset, tiles, entries)
-        except onnx_export.ExportError as error:
-            size = pick_size(args, config, forced=True)
-            assert size is not None
-            print(f"warning: free sides do not work ({error}); exporting for {size[0]}x{size[1]} alone")
-            shell, entries = replace(shell, size=size), {**entries, "fixed_because": str(error)}
-    return finish(network, config, shell, args.opset, tiles, entries)
-
-
-def finish(
-    network: "nn.Module",
-    config: "ModelConfig",
-    shell: "Shell",
-    opset: int,
-    tiles: Sequence["Tile"],
-    entries: dict[str, str],
-) -> Export:
-    """Export in one way, put the shell around it and prove it."""
-    import onnx_export
-    from export_graph import fit_config, frame_of, wrap_network
-    from export_proof import ENOUGH_SPREAD, randomise_statistics
-
-    form = onnx_export.Form(opset, frame_of(shell.size, config) if shell.size else None)
-    fitted = fit_config(config, shell.size) if shell.size else config
-    bare = onnx_export.export_network(network, config, form, **entries)
-    metadata = {**onnx_export.read_metadata(bare), **shell.metadata()}
-    metadata.pop(onnx_export.DESCRIPTION)
-    metadata |= {"tile": str(fitted.geometry.tile), "overlap": str(fitted.geometry.overlap)}
-    model = onnx_export.describe(wrap_network(bare, config, shell), fitted, **metadata)
-    proof = prove(model, bare, network, config, shell, [tile.pixels for tile in tiles])
-    if proof.spread < ENOUGH_SPREAD:
-        varied = randomise_statistics(network, config)
-        again = onnx_export.export_network(varied, config, form)
-        prove(wrap_network(again, config, shell), again, varied, config, shell, ())
-    return Export(model, bare, fitted, shell, proof, metadata)
+    like, facts = foreign_facts(args)
+    adopted = adopt(path, facts)
+    for note in adopted.notes:
+        print(f"{path}: {note}")
+    config = adopted.config
+    if like:
+        config = replace(config, **{name: getattr(like, name) for name in LIKE})
+    if args.image_size:
+        size = args.image_size[0], args.image_size[-1]
+        config = replace(config, geometry=replace(config.geometry, kind="resize", size=size))
+    flags = argparse.Namespace(tile_size=args.tile_size, overlap=args.overlap, halo=None, blend=None, tta=None)
+    config = replace(config, geometry=geometry_from_flags([config], flags)[0], dtype=args.input_dtype or config.dtype)
+    size_alone = adopted.size or (own_size(config) if adopted.single else None)
+    return foreign_source(path, adopted, config), size_alone
 
 
-def prove(
-    model: bytes, bare: bytes, network: "nn.Module", config: "ModelConfig", shell: "Shell", tiles: Sequence[Any]
-) -> "Proof":
-    """Prove the file itself, and its logits where it gives something else; the latter are the figures."""
-    from export_graph import wrap_network
-    from export_proof import model_runner, prove_file
+def foreign_facts(args: argparse.Namespace) -> tuple["ModelConfig | None", "Facts"]:
+    """What the flags say about a file of another project, and the description that it is to be like."""
+    from backends import load_config
+    from classes import ClassMap, ClassOptions, resolve_classes
+    from foreign_onnx import Facts, bgr_order
 
-    proof = prove_file(model_runner(model), network, config, shell, tiles)
-    if shell.output == "logits":
-        return proof
-    logits = replace(shell, output="logits")
-    return prove_file(model_runner(wrap_network(bare, config, logits)), network, config, logits, tiles)
-
-
-def describe_outside(shell: "Shell") -> str:
-    """What a file takes and gives, in a few words."""
-    pixels = f"raw {shell.pixels} (N, H, W, C)" if shell.pixels else "normalised float32 (N, C, H, W)"
-    size = f"one image of {shell.size[0]}x{shell.size[1]}" if shell.size else "any size"
-    return f"{pixels}, {size}, to {shell.output}"
-
-
-def proof_line(proof: "Proof") -> str:
-    """The proof in a few words."""
-    return (
-        f"differs by at most {proof.largest:.1e} and on average {proof.mean:.1e} of the logits' spread, which is "
-        f"{proof.spread:.2g}; {proof.agreement:.4%} of {proof.pixels} mask pixels agree"
+    like = load_config(args.like) if args.like else None
+    classes = ClassMap.from_config(like) if like else None
+    if args.class_list or args.class_names or args.ignore_label is not None:
+        names = tuple(args.class_names or ())
+        classes = resolve_classes(ClassOptions(args.class_list or "nonzero", names, args.ignore_label), Counter())
+    mean, std = args.mean, args.std
+    if like and not mean:
+        order = bgr_order(len(like.mean)) if args.bgr else range(len(like.mean))
+        mean, std = [like.mean[place] for place in order], [like.std[place] for place in order]
+    add_dirs = tuple(args.add_dirs) or (like.add_dirs if like else ())
+    facts = Facts(
+        tuple(mean), tuple(std), classes, add_dirs, args.gives or "", args.bgr, args.output_name, fixed_size(args)
     )
+    return like, facts
 
 
 def check_pixels(tiles: Sequence["Tile"], shell: "Shell") -> None:
@@ -391,28 +450,12 @@ def check_pixels(tiles: Sequence["Tile"], shell: "Shell") -> None:
             )
 
 
-def write_script(
-    path: Path, network: "nn.Module", config: "ModelConfig", made: Export, tiles: Sequence["Tile"]
-) -> Path:
-    """Write TorchScript beside the ONNX file, after the same proof."""
-    from export_proof import prove_file
-    from image_io import atomic_write
-    from torchscript import export_script, script_runner
-
-    content = export_script(network, config, made.shell, made.metadata)
-    prove_file(script_runner(content), network, config, made.shell, [tile.pixels for tile in tiles])
-    with atomic_write(path) as file:
-        file.write(content)
-    print(f"{path}: TorchScript, the same proof")
-    return path
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Fewer bits
 
 
 def quantised_file(
-    target: Path, config: "ModelConfig", made: Export, args: argparse.Namespace, tiles: Sequence["Tile"]
+    target: Path, config: "ModelConfig", made: "Export", args: argparse.Namespace, tiles: Sequence["Tile"]
 ) -> dict[str, Path]:
     """Write the network in fewer bits beside its file if that pays; returns variant and file, or nothing.
 
@@ -445,7 +488,7 @@ def unmeasured(args: argparse.Namespace) -> bool:
     return args.target == "cuda" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers()
 
 
-def half_unmeasured(made: Export) -> tuple[bytes, dict[str, str]]:
+def half_unmeasured(made: "Export") -> tuple[bytes, dict[str, str]]:
     """The network in float16, for a GPU that is not here."""
     from quantisation import to_half
 
@@ -453,7 +496,7 @@ def half_unmeasured(made: Export) -> tuple[bytes, dict[str, str]]:
 
 
 def reduce_bits(
-    config: "ModelConfig", made: Export, args: argparse.Namespace, tiles: Sequence["Tile"]
+    config: "ModelConfig", made: "Export", args: argparse.Namespace, tiles: Sequence["Tile"]
 ) -> tuple[bytes | None, dict[str, str]]:
     """The network in fewer bits and what was measured, or nothing with the reason printed."""
     from export_graph import Shell, file_runner, frame_of, pad_to
@@ -483,7 +526,7 @@ def reduce_bits(
         method=args.calibration_method,
         race=partial(compare_speed, device=args.target),
     )
-    print(f"{args.quantize or 'fp16'} {'kept' if result.kept else 'refused'}: {result.reason}; VNNI: {find_vnni()}")
+    print(f"{result.reason}; VNNI: {find_vnni()}")
     figures = f"IoU {result.iou_before:.4f} to {result.iou_after:.4f}, {result.seconds_before:.4f} to "
     entries = {
         "measured": f"{figures}{result.seconds_after:.4f} s on {args.target}",
@@ -491,109 +534,6 @@ def reduce_bits(
         "vnni": find_vnni(),
     }
     return (result.model if result.kept else None), entries
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Report
-
-
-def measure(
-    path: Path,
-    exports: dict[str, Path],
-    network: "nn.Module",
-    made: Export,
-    tiles: Sequence["Tile"],
-    script: Path | None,
-) -> list[dict[str, Any]]:
-    """Size, latency of one tile and IoU of the checkpoint and of everything that was made of it."""
-    import torch
-
-    from backends import onnx_forward, torch_forward
-    from export_measure import make_input, score_tiles, time_calls
-    from export_proof import model_runner
-    from torchscript import script_runner
-
-    config, shell = made.config, made.shell
-    taken = make_input(config, shell, tiles)
-    image = make_input(config, replace(shell, pixels=""), tiles)
-    torch_run = padded(torch_forward(network, "cpu", config.activation), config, shell)
-    forwards = {"torch": torch_run, **{name: onnx_forward(file, "cpu")[1] for name, file in exports.items()}}
-    files = {"torch": path, **exports}
-    calls: dict[str, Callable[[], object]] = {"torch": partial(torch_run, image)}
-    calls |= {name: partial(model_runner(file.read_bytes()), taken) for name, file in exports.items()}
-    if script:
-        files["torchscript"] = script
-        calls["torchscript"] = partial(script_runner(script.read_bytes()), taken)
-    seconds = time_calls(calls)
-    rows = []
-    for name, file in files.items():
-        iou = score_tiles(forwards[name], tiles, config, shell.threshold) if name in forwards else None
-        rows.append(
-            {
-                "checkpoint": str(path),
-                "file": str(file),
-                "variant": name,
-                "bytes": file.stat().st_size,
-                "seconds": seconds[name],
-                "input": list(taken.shape),
-                "threads": torch.get_num_threads(),
-                "iou": iou,
-                "tiles": len(tiles),
-                "proof": None if name == "torch" else asdict(made.proof),
-                "shell": None if name == "torch" else shell.metadata(),
-                "metadata": {key: made.metadata[key] for key in ("exporter", "failed", "opset", "torch", "commit")},
-            }
-        )
-    return rows
-
-
-def padded(
-    forward: Callable[["np.ndarray"], "np.ndarray"], config: "ModelConfig", shell: "Shell"
-) -> Callable[["np.ndarray"], "np.ndarray"]:
-    """PyTorch on the sides that a file of a fixed size sees, so that both answer the same question."""
-    from export_graph import frame_of, pad_to
-
-    if not shell.size:
-        return forward
-    size = frame_of(shell.size, replace(config, min_side=config.stride))
-    return lambda batch: forward(pad_to(batch, size))[..., : batch.shape[2], : batch.shape[3]]
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The figures, one line for each file."""
-    from export_measure import REPEATS
-
-    lines = [("file", "variant", "MB", f"ms ({REPEATS})", "IoU")]
-    for row in rows:
-        iou = "-" if row["iou"] is None else f"{row['iou']:.4f}"
-        lines.append(
-            (Path(row["file"]).name, row["variant"], f"{row['bytes'] / 1e6:.2f}", f"{1000 * row['seconds']:.1f}", iou)
-        )
-    widths = [max(len(line[place]) for line in lines) for place in range(5)]
-    text = ["  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    size = "x".join(map(str, rows[-1]["input"]))
-    return "\n".join([*text, f"ms: median of {REPEATS} calls with {size}, in turns, {rows[-1]['threads']} threads"])
-
-
-def write_report(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write the figures; those of other files that an earlier run left there stay.
-
-    A file that is no such report is left alone, and said so.
-    """
-    from image_io import write_text
-
-    kept: list[dict[str, Any]] = []
-    try:
-        kept = [row for row in json.loads(path.read_text(encoding="utf-8"))["exports"] if isinstance(row, dict)]
-    except FileNotFoundError:
-        pass
-    except (ValueError, KeyError, TypeError):
-        print(f"warning: {path} is there and is no report of exports; it stays, the figures are printed alone")
-        return
-    new = {row["file"] for row in rows}
-    exports = [row for row in kept if row.get("file") not in new] + list(rows)
-    write_text(path, json.dumps({"exports": exports, "environment": cli.environment()}, indent=2) + "\n")
-    print(f"report in {path}")
 
 
 if __name__ == "__main__":

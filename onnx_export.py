@@ -205,7 +205,8 @@ def prove_equal(model: bytes, network: nn.Module, config: ModelConfig, form: For
         Largest difference between two logits, in units of the logits' spread (standard deviation within a channel).
 
     Raises:
-        ExportError: they differ by more than LARGEST_DIFFERENCE, or the logits hardly vary, so the proof is void.
+        ExportError: they differ by more than LARGEST_DIFFERENCE and by more than rounding in PyTorch explains, or the
+            logits hardly vary, so the proof is void.
     """
     run = session_runner(make_session(model, "cpu"))
     short, middle, long = _sides(config)
@@ -269,8 +270,32 @@ def read_description(path: Path, content: bytes | None = None) -> Description:
         FileNotFoundError: there is no such file.
         ValueError: truncated, not ONNX, or without the metadata that Tessera writes.
     """
-    if content is None:
-        content = read_onnx(path)
+    metadata = _file_metadata(path, read_onnx(path) if content is None else content)
+    if DESCRIPTION not in metadata:
+        raise ValueError(
+            f"{path} has no metadata of Tessera, such as channels, classes and statistics: expected a file that "
+            "export_onnx.py wrote. If it was made from a checkpoint of Tessera, pass the checkpoint (.pth). A file of "
+            f"another project becomes one by: python export_onnx.py -c {path} -o OURS.onnx --mean R G B --std R G B "
+            '--class-list "LABEL ..." --tile-size S (or --image-size S where whole images are resized); mean and std '
+            "are in units of the pixels, 255 times those of images of 0 to 1"
+        )
+    try:
+        return Description(config_from_dict(json.loads(metadata[DESCRIPTION])), metadata)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def is_ours(path: Path) -> bool:
+    """Whether an ONNX file is an export of Tessera.
+
+    Raises:
+        FileNotFoundError: there is no such file. ValueError: it is truncated or not ONNX.
+    """
+    return DESCRIPTION in _file_metadata(path, read_onnx(path))
+
+
+def _file_metadata(path: Path, content: bytes) -> dict[str, str]:
+    """The metadata of what may be an ONNX file."""
     import onnx
 
     try:
@@ -279,17 +304,7 @@ def read_description(path: Path, content: bytes | None = None) -> Description:
         raise ValueError(_damaged(path, shorten_error(error))) from error
     if not proto.graph.node:
         raise ValueError(_damaged(path, "it holds no graph"))
-    metadata = {entry.key: entry.value for entry in proto.metadata_props}
-    if DESCRIPTION not in metadata:
-        raise ValueError(
-            f"{path} has no metadata of Tessera, such as channels, classes and statistics: expected a file exported "
-            "from a checkpoint by Tessera. Pass the checkpoint (.pth) instead, with -c or -cd; it is exported when "
-            "that pays, and export_onnx.py -c CHECKPOINT -o FILE.onnx writes a file that says all this"
-        )
-    try:
-        return Description(config_from_dict(json.loads(metadata[DESCRIPTION])), metadata)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    return {entry.key: entry.value for entry in proto.metadata_props}
 
 
 def read_metadata(model: bytes) -> dict[str, str]:

@@ -50,7 +50,10 @@ def test_every_flag_has_a_help_text(name):
 
 
 # What they act on differs.
-OWN_WORDS = {"amp", "batch", "workers", "dataset_dir", "group_pattern", "output_dir", "overwrite", "tile_size"}
+OWN_WORDS = {
+    *("amp", "batch", "workers", "dataset_dir", "group_pattern", "image_size", "output_dir", "overwrite"),
+    "tile_size",
+}
 
 
 def test_a_flag_means_the_same_in_every_command():

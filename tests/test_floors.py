@@ -57,7 +57,9 @@ FLOORS = (
     {"picture_prediction", "video_results"},
     {"evaluation", "learner"},
     {"trainer", "video_prediction"},
-    {"baselines", "export_measure", "folds", "lr_finder", "train_options"},
+    {"baselines", "export_measure", "folds", "foreign_onnx", "lr_finder", "train_options"},
+    {"export_file"},
+    {"export_report"},
     {"annotate", "export_onnx", "predict", "pretrain", "train", "validate", "dataset_utils", "benchmarks"},
 )
 COMMANDS = FLOORS[-1]
@@ -70,7 +72,7 @@ HEAVY = {
     "segmentation_models_pytorch": {"model.py"},
     "timm": {"model.py"},
     "accelerate": {"learner.py"},
-    "onnx": {"onnx_export.py", "export_graph.py", "export_onnx.py", "quantisation.py"},
+    "onnx": {"onnx_export.py", "export_graph.py", "foreign_onnx.py", "quantisation.py"},
     "onnxruntime": {"onnx_export.py", "export_onnx.py", "quantisation.py"},
     "transformers": {"annotation/sam.py"},
     "ultralytics": {"annotation/detectors.py"},

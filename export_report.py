@@ -1,0 +1,103 @@
+"""The figures of an export: size, latency and IoU of everything that was made of a checkpoint, printed and kept."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import cli
+from backends import Forward, onnx_forward, torch_forward
+from checkpoint import ModelConfig
+from export_file import Export, Source
+from export_graph import Shell, file_runner, frame_of, pad_to
+from export_measure import REPEATS, Tile, make_input, score_tiles, time_calls
+from export_proof import model_runner
+from image_io import write_text
+from torchscript import script_runner
+
+
+def measure(source: Source, exports: Mapping[str, Path], made: Export, tiles: Sequence[Tile]) -> list[dict[str, Any]]:
+    """Size, latency of one tile and IoU of the checkpoint and of everything that was made of it.
+
+    Args:
+        exports: variant and file; torchscript is a file of PyTorch, the others are ONNX.
+    """
+    config, shell = made.config, made.shell
+    first = "torch" if source.bare is None else "original"
+    taken = make_input(config, shell, tiles)
+    image = make_input(config, replace(shell, pixels=""), tiles)
+    run = padded(torch_forward(source.network, "cpu", config.activation), config, shell)
+    forwards, calls, files = {first: run}, {first: partial(run, image)}, {first: source.path, **exports}
+    for name, file in exports.items():
+        if name == "torchscript":
+            forwards[name] = file_runner(script_runner(file.read_bytes()), config, shell)
+            calls[name] = partial(script_runner(file.read_bytes()), taken)
+        else:
+            forwards[name] = onnx_forward(file, "cpu")[1]
+            calls[name] = partial(model_runner(file.read_bytes()), taken)
+    seconds = time_calls(calls)
+    rows = []
+    for name, file in files.items():
+        iou = score_tiles(forwards[name], tiles, config, shell.threshold)
+        rows.append(
+            {
+                "checkpoint": str(source.path),
+                "file": str(file),
+                "variant": name,
+                "bytes": file.stat().st_size,
+                "seconds": seconds[name],
+                "input": list(taken.shape),
+                "threads": torch.get_num_threads(),
+                "iou": iou,
+                "tiles": len(tiles),
+                "proof": None if name == first else asdict(made.proof),
+                "shell": None if name == first else shell.metadata(),
+                "metadata": {key: made.metadata[key] for key in ("exporter", "failed", "opset", "torch", "commit")},
+            }
+        )
+    return rows
+
+
+def padded(forward: Forward, config: ModelConfig, shell: Shell) -> Forward:
+    """PyTorch on the sides that a file of a fixed size sees, so that both answer the same question."""
+    if not shell.size:
+        return forward
+    size = frame_of(shell.size, replace(config, min_side=config.stride))
+    return lambda batch: forward(pad_to(batch, size))[..., : batch.shape[2], : batch.shape[3]]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The figures, one line for each file."""
+    lines = [("file", "variant", "MB", f"ms ({REPEATS})", "IoU")]
+    for row in rows:
+        iou = "-" if row["iou"] is None else f"{row['iou']:.4f}"
+        lines.append(
+            (Path(row["file"]).name, row["variant"], f"{row['bytes'] / 1e6:.2f}", f"{1000 * row['seconds']:.1f}", iou)
+        )
+    widths = [max(len(line[place]) for line in lines) for place in range(5)]
+    text = ["  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    size = "x".join(map(str, rows[-1]["input"]))
+    return "\n".join([*text, f"ms: median of {REPEATS} calls with {size}, in turns, {rows[-1]['threads']} threads"])
+
+
+def write_report(path: Path, rows: Sequence[dict[str, Any]]) -> str:
+    """Write the figures; those of other files that an earlier run left there stay.
+
+    Returns:
+        What is to be said about it: where it is, or that a file that is no such report was left alone.
+    """
+    kept: list[dict[str, Any]] = []
+    try:
+        kept = [row for row in json.loads(path.read_text(encoding="utf-8"))["exports"] if isinstance(row, dict)]
+    except FileNotFoundError:
+        pass
+    except (ValueError, KeyError, TypeError):
+        return f"warning: {path} is there and is no report of exports; it stays, the figures are printed alone"
+    new = {row["file"] for row in rows}
+    exports = [row for row in kept if row.get("file") not in new] + list(rows)
+    write_text(path, json.dumps({"exports": exports, "environment": cli.environment()}, indent=2) + "\n")
+    return f"report in {path}"
