@@ -60,7 +60,8 @@ class ModelConfig:
     `labels` are the mask values learned, in order; empty means that any non-zero value is the object.
     `class_names` has a name for every class index, the implicit background included.
     `channels`, `mean` and `std` run in network order (R G B extras), in raw pixel units.
-    `value_range` holds the lowest and highest value of each channel, `dtype` the type that training images had.
+    `value_range` holds the lowest and highest value of each channel, `dtype` the type that training images had,
+    `image_means` the lowest and highest mean of an image; None in older files.
     `tissue` is the rule (tissue.RULES) that training and its scores kept to on slides, or "none".
     """
 
@@ -80,6 +81,7 @@ class ModelConfig:
     preprocess: tuple[str, ...] = ()
     dtype: str = "uint8"
     value_range: tuple[tuple[float, ...], tuple[float, ...]] = ((0.0,), (255.0,))
+    image_means: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     stride: int = 32
     min_side: int = 32
     activation: str = "auto"

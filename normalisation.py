@@ -11,17 +11,22 @@ from checkpoint import ModelConfig
 from image_io import write_text
 from pairing import DatasetError
 from scan import PairFacts
+from unlike import Told, intensity_findings, mean_range
 
 STATISTICS_FILE = "mean_vals.txt"
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean and standard deviation per channel in network order and raw units, and the range of the values."""
+    """Mean and standard deviation per channel in network order and raw units, and the ranges of values and of means.
+
+    image_means: lowest and highest mean of an image, as in ModelConfig.
+    """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
     value_range: tuple[tuple[float, ...], tuple[float, ...]]
+    image_means: tuple[tuple[float, ...], tuple[float, ...]]
     source: str
 
 
@@ -40,6 +45,11 @@ def statistics(facts: Sequence[PairFacts]) -> tuple[np.ndarray, np.ndarray]:
     total = pixels.sum(axis=0)
     mean = (pixels * means).sum(axis=0) / total
     return mean, np.sqrt((spreads + pixels * (means - mean) ** 2).sum(axis=0) / total)
+
+
+def image_mean(item: PairFacts) -> list[float]:
+    """Mean of each channel of one image, in network order."""
+    return [mean for layer in item.layers for mean in layer.means]
 
 
 def value_range(facts: Sequence[PairFacts]) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -76,6 +86,7 @@ def load_or_compute_statistics(
         DatasetError: a file that is there is not what it should be, or no pixel has data.
     """
     mark, extent = digest(facts, steps), value_range(facts)
+    means = mean_range([image_mean(item) for item in facts if item.has_data])
     sampled = sorted({item.sampled for item in facts if item.sampled})
     note = f"; estimated from {' and '.join(sampled)}" if sampled else ""
     order = _file_order(facts)
@@ -85,16 +96,15 @@ def load_or_compute_statistics(
             mean, std, found = read_statistics(place)
             if len(mean) == len(order) and found in (mark, None):
                 source = f"{place}{note}" if found else f"{place} (no digest in it, taken as given)"
-                return Statistics(tuple(mean[order].tolist()), tuple(std[order].tolist()), extent, source)
+                return Statistics(tuple(mean[order].tolist()), tuple(std[order].tolist()), extent, means, source)
     mean, std = statistics(facts)
     text = _statistics_text(mean[order], std[order], mark, steps)
     target = own if other.exists() else _write_first(text, other, own)
     if target == own:
         write_text(own, text)
     mean, std, _ = read_statistics(target)  # with the digits in the file, so that every later run has the same
-    return Statistics(
-        tuple(mean[order].tolist()), tuple(std[order].tolist()), extent, f"computed, kept in {target}{note}"
-    )
+    source = f"computed, kept in {target}{note}"
+    return Statistics(tuple(mean[order].tolist()), tuple(std[order].tolist()), extent, means, source)
 
 
 def _write_first(text: str, wish: Path, instead: Path) -> Path:
@@ -146,20 +156,26 @@ def channel_names(facts: Sequence[PairFacts], add_dirs: Sequence[str]) -> tuple[
 
 
 def scene_warnings(facts: Sequence[PairFacts], config: ModelConfig) -> list[str]:
-    """Images that differ from what a network was trained on: another pixel type, intensities far off."""
-    warnings = []
+    """Images that differ from what a network was trained on: another pixel type, intensities far off, nothing in them.
+
+    A line for each kind of difference, with the number of images.
+    """
     kinds = {item.layers[0].dtype for item in facts if item.layers[0].dtype}
     if kinds - {config.dtype}:
-        warnings.append(f"images are {' '.join(sorted(kinds))}, the network was trained on {config.dtype}")
-    seen = [item for item in facts if item.has_data]
-    channels = sum(layer.channels for layer in facts[0].layers) if facts else 0
-    if not seen or channels != len(config.mean):
-        return warnings
-    mean, _ = statistics(seen)
-    gap = np.abs(mean - np.array(config.mean)) / np.maximum(np.array(config.std), 1e-6)
-    if gap.max() > 2:
-        warnings.append(
-            f"mean intensity {np.round(mean, 1).tolist()} is {gap.max():.1f} deviations from the training's "
-            f"{np.round(config.mean, 1).tolist()}: expect worse results"
-        )
+        return [f"images are {' '.join(sorted(kinds))}, the network was trained on {config.dtype}"]
+    seen = [item for item in facts if item.has_data and len(image_mean(item)) == len(config.mean)]
+    told, lines = Told(), list[str]()
+    for item in seen:
+        constant = not any(spread for layer in item.layers for spread in layer.spreads)
+        for finding in intensity_findings(config, np.array(image_mean(item)), constant=constant):
+            told.tell(lines.append, item.pair.name, finding)
+    warnings = [f"{count} of {len(seen)} images, such as {name}: {text}" for count, name, text in told.kinds()]
+    if seen and config.image_means is None:  # an older file: what all images are together is known
+        mean, _ = statistics(seen)
+        gap = np.abs(mean - np.array(config.mean)) / np.maximum(np.array(config.std), 1e-6)
+        if gap.max() > 2 and not warnings:
+            warnings.append(
+                f"mean intensity {np.round(mean, 1).tolist()} is {gap.max():.1f} deviations from the training's "
+                f"{np.round(config.mean, 1).tolist()}: expect worse results"
+            )
     return warnings

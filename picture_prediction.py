@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from result_record import begin_record, end_record
 from results import Frame, ResultOptions, Results, check_disk
 from slide_windows import SlideOptions, is_slide
 from tiling import TTA
+from unlike import Told
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Setup:
     """What is the same for all images of a run.
 
     digest: of the checkpoints' content and of every flag that changes a result, but not of the kinds of results, which
-    do not change one another. say: takes the lines that a user is to read.
+    do not change one another. say: takes the lines that a user is to read. told: what was said about pictures so far.
     """
 
     configs: list[ModelConfig]
@@ -37,6 +38,7 @@ class Setup:
     full_size: bool
     digest: str
     say: Callable[[str], None]
+    told: Told = field(default_factory=Told)
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def predict_one(setup: Setup, engine: Engine, pair: Pair, *, with_picture: bool)
     folder, kinds = setup.results.folder, setup.results.kinds
     with Picture(pair, setup.configs, setup.read) as picture:
         for note in picture.notes:
-            setup.say(f"warning: {pair.name}: {note}")
+            setup.told.tell(setup.say, pair.name, note)
         plan = plan_picture(picture, tiles_for(setup, pair), full_size=setup.full_size)
         if plan.tissue:
             skipped = 1 - plan.tiles / (len(plan.rows.origins) * len(plan.cols.origins))
@@ -90,6 +92,8 @@ def predict_one(setup: Setup, engine: Engine, pair: Pair, *, with_picture: bool)
             facts = {"damage": damage, "scale": frame.scale, "mpp": frame.mpp}
             end_record(folder, pair.name, digest, kinds, summary.files, facts, durable=seconds > 1)
             results.remove()
+        for finding in picture.findings:
+            setup.told.tell(setup.say, pair.name, finding)
     setup.say(f"{pair.name}: {summary.text()}; {megapixel:.1f} MP in {seconds:.1f} s, {megapixel / seconds:.2f} MP/s")
     return summary.picture, damage
 

@@ -140,6 +140,8 @@ def run(args: argparse.Namespace) -> list[str]:
             videos = replace(videos, forward=engine.forward, engine=engine.name, writer=writer)
             more, worse = predict_clips(videos, waiting, digests)
         made, failures = made + more, failures + failed + worse
+        for line in setup.told.summary():
+            print(line)
     if done or made:
         if "rle" in args.save:
             merge_run_lengths(setup.results.folder)

@@ -28,6 +28,7 @@ from slide_io import Slide, open_slide
 from slide_windows import SCALE_DRIFT
 from tiling import TTA, Axis, plan_axis, predict_bands, round_up, run_ahead
 from tissue import Tissue, find_tissue
+from unlike import Moments
 
 MUCH_SMALLER = 4  # images this many times as long as what a network sees are warned about
 UPSCALED_ROWS = 256  # rows that are enlarged at a time
@@ -122,11 +123,11 @@ class Picture:
     Attributes:
         slide: the image file itself, level 0. sources: what is read, one for each file.
         height, width: pixels of the grid that is predicted. scale: level-0 pixels for each of them.
-        notes: what a user should know about how this image is read.
+        notes: what a user should know about how this image is read. seen: moments of what was read so far.
     """
 
     def __init__(self, pair: Pair, configs: Sequence[ModelConfig], options: ReadOptions) -> None:
-        self.pair, self.configs, self.notes = pair, list(configs), list[str]()
+        self.pair, self.configs, self.notes, self.seen = pair, list(configs), list[str](), Moments()
         with ExitStack() as stack:
             slides = [
                 stack.enter_context(open_slide(path, max_decoded_gb=options.max_decoded_gb)) for path in pair.layers
@@ -152,6 +153,8 @@ class Picture:
     def _open_sources(self, slides: Sequence[Slide], options: ReadOptions) -> list[Source]:
         config = self.configs[0]
         scale = self._scale(config.geometry, options)
+        if self.slide.dtype.name != config.dtype:
+            self.notes.append(f"its pixels are {self.slide.dtype}, the network was trained on {config.dtype}")
         if config.preprocess:
             if scale:
                 raise ImageError(
@@ -160,8 +163,6 @@ class Picture:
                 )
             image, valid = load_image(self.pair, config.channels, config.preprocess)
             return [Whole(image, valid)]
-        if self.slide.dtype.name != config.dtype:
-            self.notes.append(f"its pixels are {self.slide.dtype}, the network was trained on {config.dtype}")
         fill = config.mean if options.fill is None else [options.fill] * len(config.channels)
         sources: list[Source] = []
         for number, slide in enumerate(slides):
@@ -224,7 +225,12 @@ class Picture:
                 )
 
     def pixels(self, top: int, left: int, height: int, width: int) -> np.ndarray:
-        """A window (height, width, C) in raw units, channels in network order."""
+        """A window (height, width, C) in raw units, channels in network order; it counts in `seen`."""
+        window = self._window(top, left, height, width)
+        self.seen.add(window)
+        return window
+
+    def _window(self, top: int, left: int, height: int, width: int) -> np.ndarray:
         layers = [source.read(top, left, height, width) for source in self.sources]
         if len(layers) == 1:
             return layers[0]
@@ -250,6 +256,12 @@ class Picture:
         for source in self.sources:
             result = both_hold(result, source.valid(top, left, height, self.width if width is None else width))
         return result
+
+    @property
+    def findings(self) -> list[str]:
+        """What is unlike the training in the pixels read so far; nothing of another type, which is in the notes."""
+        config = self.configs[0]
+        return [] if self.slide.dtype.name != config.dtype else self.seen.findings(config)
 
     @property
     def damage(self) -> list[str]:

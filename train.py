@@ -174,6 +174,7 @@ def build_config(args: argparse.Namespace, data: Data, stride: int, min_side: in
         preprocess=tuple(args.preprocess),
         dtype=data.dtype,
         value_range=data.statistics.value_range,
+        image_means=data.statistics.image_means,
         stride=stride,
         min_side=min_side,
         batch=args.batch,

@@ -23,6 +23,7 @@ from image_io import ImageError, preprocess, resize_image
 from outputs import decide
 from pairing import Pair
 from predictor import Picture, TileOptions, Whole, plan_picture, predict_picture
+from unlike import Moments, Told
 
 ENGINE = "model"
 
@@ -32,6 +33,7 @@ class MemoryPicture(Picture):
 
     def __init__(self, image: np.ndarray, valid: np.ndarray | None, config: ModelConfig) -> None:
         self.pair, self.configs, self.notes = Pair("image", Path("the image")), [config], []
+        self.seen = Moments()
         self.slide: Any = SimpleNamespace(path=self.pair.image)  # named in messages
         self.sources = [Whole(image, valid)]
         self.height, self.width, self.scale = *image.shape[:2], 1.0
@@ -45,7 +47,7 @@ class Trained:
     """A network that is ready; call it with images.
 
     Attributes:
-        note: what runs the network. notes: what is to be said about images so far, each once.
+        note: what runs the network. notes: what is to be said about images so far, each kind once.
     """
 
     options: TrainedOptions
@@ -53,6 +55,7 @@ class Trained:
     forward: Forward
     note: str
     notes: list[str] = field(default_factory=list)
+    told: Told = field(default_factory=Told)
 
     def __post_init__(self) -> None:
         self.threshold = cli.pick_threshold(self.options.threshold, self.config.thresholds, self.config.num_logits)
@@ -114,6 +117,10 @@ class Trained:
             with closing(predict_picture(picture, self.forward, plan, tiles)) as bands:
                 for top, band in bands:
                     probs[:, top : top + band.shape[1]] = band
+            if pixels.dtype.name == self.config.dtype:
+                whose = f"an image unlike those that {self.options.path} was trained on"
+                for finding in picture.seen.findings(self.config):
+                    self.told.tell(self.notes.append, whose, finding)
         return probs
 
     def decide(self, probs: np.ndarray) -> Instances:

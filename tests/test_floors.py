@@ -42,7 +42,7 @@ FLOORS = (
         "slide_writer",
         "weights",
     },
-    {"onnx_export"},
+    {"onnx_export", "unlike"},
     {"export_graph", "quantisation"},
     {"torchscript"},
     {"backends", "classes", "geojson", "outputs", "pictures", "result_record", "tissue"},
