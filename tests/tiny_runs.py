@@ -66,3 +66,14 @@ def write_slide(path, pixels, *, tile=64, **options):
     options = {"tile": tile and (tile, tile), "compression": "zlib", "photometric": "rgb", "metadata": None} | options
     tifffile.imwrite(path, pixels, **options)
     return path
+
+
+def write_split(folder, count=2, size=(70, 90)):
+    """Images with masks whose object is what is bright."""
+    for name in ("images", "gt"):
+        (folder / name).mkdir(parents=True)
+    for number in range(count):
+        image = blobs(*size, seed=number)
+        cv2.imwrite(str(folder / "images" / f"{number}.png"), image[..., ::-1])
+        cv2.imwrite(str(folder / "gt" / f"{number}.png"), (image.mean(axis=2) > 130).astype(np.uint8))
+    return folder
