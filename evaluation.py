@@ -1,7 +1,9 @@
 """Predict labelled sets and score them: the one evaluation that train.py and validate.py share."""
 
+import copy
+import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -104,11 +106,12 @@ class Worst(NamedTuple):
 
 @dataclass
 class Evaluation:
-    """Scores of one validation set: the loss, the summary of the scorer, and the worst images of all."""
+    """Scores of one validation set: the loss, the summary of the scorer, the worst images of all, and the scorer."""
 
     loss: float | None
     summary: dict[str, Any]
     worst: list[Worst] = field(default_factory=list)
+    scorer: Scorer | None = None
 
 
 def evaluate(
@@ -151,7 +154,29 @@ def evaluate(
             losses.append(loss_of_probs(loss, probs, mask))
         note(scores, prediction.sample.pair, mask, probs)
     known = [value for value in losses if value is not None]
-    return Evaluation(float(np.mean(known)) if known else None, scorer.summary(), worst)
+    return Evaluation(float(np.mean(known)) if known else None, scorer.summary(), worst, scorer)
+
+
+def weighted_mean(results: Mapping[str, Evaluation], sizes: Mapping[str, int]) -> Evaluation:
+    """Several sets as one: IoU, Dice and loss are means over the sets, everything else is of their pooled counts.
+
+    Args:
+        sizes: images of each set, by name. They are its weight, as shares that sum to 1 over the sets that are scored;
+            a set whose value is undefined is left out of that mean.
+    """
+    scorers = [result.scorer for result in results.values() if result.scorer]
+    pooled = copy.deepcopy(scorers[0])
+    for scorer in scorers[1:]:
+        pooled.merge(scorer)
+
+    def mean(values: dict[str, float | None]) -> float | None:
+        known = {name: value for name, value in values.items() if value is not None}
+        whole = sum(sizes[name] for name in known)
+        return math.fsum(sizes[name] / whole * value for name, value in known.items()) if whole else None
+
+    scores = {key: mean({name: result.summary[key] for name, result in results.items()}) for key in ("iou", "dice")}
+    loss = mean({name: result.loss for name, result in results.items()})
+    return Evaluation(loss, {**pooled.summary(), **scores}, scorer=pooled)
 
 
 def score_set(

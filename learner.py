@@ -1,6 +1,7 @@
 """What learns: a network, its optimiser and schedule, and all of their state that a resumed run needs."""
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from checkpoint import ModelConfig, load_checkpoint
+from ema import WeightAverage
 from optim import Schedule, ScheduleOptions, build_optimiser
 
 
@@ -18,6 +20,10 @@ class FitOptions:
     """How to train.
 
     clip: largest norm of the gradient; 0 is no limit. patience: epochs without a best that end the run; 0 is never.
+    encoder_lr_scale: what the encoder's learning rate is multiplied by. freeze_encoder: epochs in which it does not
+    learn. ema: decay of the average of the weights that is scored and saved as the best; 0 is none.
+    further_every: epochs between two scorings of the validation sets beside the main one. weighted: there is no main
+    one; the mean over all sets, weighted by their sizes, decides instead.
     """
 
     epochs: int = 50
@@ -25,6 +31,9 @@ class FitOptions:
     optimiser: str = "AdamW"
     weight_decay: float = 1e-4
     momentum: float = 0.9
+    encoder_lr_scale: float = 1.0
+    freeze_encoder: int = 0
+    ema: float = 0.0
     schedule: ScheduleOptions = ScheduleOptions()
     amp: str = "no"
     accumulate: int = 1
@@ -34,6 +43,8 @@ class FitOptions:
     channels_last: bool = True
     keep_worst: int = 4
     empty: str = "skip"
+    further_every: int = 1
+    weighted: bool = False
 
 
 @dataclass
@@ -56,11 +67,13 @@ class Learner:
     optimiser: torch.optim.Optimizer
     schedule: Schedule
     accelerator: Accelerator
+    encoder_weights: list[nn.Parameter] = field(default_factory=list)  # those that learn unless it is frozen
+    ema: WeightAverage | None = None
     progress: Progress = field(default_factory=Progress)
     best: dict[str, Any] | None = None  # summary of the best epoch's scores; None when another process computed them
 
     @property
-    def network(self) -> nn.Module:
+    def network(self) -> Any:
         """The network itself; Accelerate's autocast is taken off it, so that it is scored as validate.py scores it."""
         return self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
 
@@ -68,6 +81,21 @@ class Learner:
     def optimiser_name(self) -> str:
         """PyTorch's name of the optimiser, which Accelerate wraps."""
         return type(getattr(self.optimiser, "optimizer", self.optimiser)).__name__
+
+    def start_training(self, *, freeze_encoder: bool = False) -> None:
+        """Put the network into training mode, its encoder too unless that is frozen.
+
+        A frozen encoder has no gradients, and its batch normalisation and dropout work as in prediction.
+        """
+        self.model.train()
+        for weight in self.encoder_weights:
+            weight.requires_grad_(not freeze_encoder)
+        if freeze_encoder:
+            self.network.encoder.eval()
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within it the network has the averaged weights, if an average is kept."""
+        return self.ema.in_place() if self.ema else nullcontext()
 
     def state(self) -> dict[str, Any]:
         """Everything but the weights, as plain types and tensors."""
@@ -80,6 +108,7 @@ class Learner:
             "optimizer_name": self.optimiser_name,
             "optimizer_state_dict": self.optimiser.state_dict(),
             "scheduler_state_dict": self.schedule.state_dict(),
+            "ema_state_dict": self.ema.state_dict() if self.ema else {},
             "scaler_state_dict": scaler.state_dict() if scaler else {},
             "rng": {"cpu": torch.get_rng_state(), "cuda": own},
         }
@@ -87,17 +116,26 @@ class Learner:
     def restore(self, saved: dict[str, Any]) -> None:
         """Go back to a state that was saved."""
         self.network.load_state_dict(saved["model_state_dict"])
-        options = [dict(group) for group in self.optimiser.param_groups]
-        self.optimiser.load_state_dict(saved["optimizer_state_dict"])
-        for group, wanted in zip(self.optimiser.param_groups, options, strict=True):
-            group.update(wanted)  # the flags of this run, not those it was started with
-        self.schedule.load_state_dict(saved["scheduler_state_dict"])
+        self.optimiser.load_state_dict(self._with_present_options(saved["optimizer_state_dict"]))
+        self.schedule.load_state_dict(saved["scheduler_state_dict"], epoch=saved["progress"]["epoch"])
+        if self.ema and saved.get("ema_state_dict"):
+            self.ema.load_state_dict(saved["ema_state_dict"])
+        elif self.ema:
+            self.ema.restart()
         if self.accelerator.scaler and saved["scaler_state_dict"]:
             self.accelerator.scaler.load_state_dict(saved["scaler_state_dict"])
         torch.set_rng_state(saved["rng"]["cpu"])
         if saved["rng"]["cuda"] and self.accelerator.device.type == "cuda":
             torch.cuda.set_rng_state(saved["rng"]["cuda"][0], self.accelerator.device)
         self.progress = Progress(**saved["progress"])
+
+    def _with_present_options(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A saved state of the optimiser with the options of this run, not those that it was started with."""
+        groups = [
+            {**saved, **{key: value for key, value in now.items() if key != "params"}}
+            for saved, now in zip(state["param_groups"], self.optimiser.param_groups, strict=True)
+        ]
+        return {**state, "param_groups": groups}
 
 
 def build_learner(model: nn.Module, options: FitOptions, *, device: str, steps: int) -> Learner:
@@ -108,11 +146,21 @@ def build_learner(model: nn.Module, options: FitOptions, *, device: str, steps: 
     """
     os.environ["ACCELERATE_TORCH_DEVICE"] = device
     accelerator = Accelerator(mixed_precision=options.amp, cpu=device == "cpu")
+    model = model.to(accelerator.device)
     if options.channels_last:
         model = model.to(memory_format=torch.channels_last)
     optimiser = build_optimiser(
-        options.optimiser, model, lr=options.lr, weight_decay=options.weight_decay, momentum=options.momentum
+        options.optimiser,
+        model,
+        lr=options.lr,
+        weight_decay=options.weight_decay,
+        momentum=options.momentum,
+        encoder_lr_scale=options.encoder_lr_scale,
+        fused=accelerator.device.type == "cuda",
     )
+    encoder = getattr(model, "encoder", None)
+    encoder_weights = [w for w in encoder.parameters() if w.requires_grad] if isinstance(encoder, nn.Module) else []
+    ema = WeightAverage(model, options.ema) if options.ema else None
     model, optimiser = accelerator.prepare(model, optimiser)
     schedule = Schedule(
         optimiser,
@@ -122,7 +170,7 @@ def build_learner(model: nn.Module, options: FitOptions, *, device: str, steps: 
         steps=steps,
         more_is_better=options.monitor != "loss",
     )
-    return Learner(model, optimiser, schedule, accelerator, Progress(monitor=options.monitor))
+    return Learner(model, optimiser, schedule, accelerator, encoder_weights, ema, Progress(monitor=options.monitor))
 
 
 def resume(learner: Learner, path: Path, config: ModelConfig) -> ModelConfig | None:
@@ -155,5 +203,11 @@ def resume(learner: Learner, path: Path, config: ModelConfig) -> ModelConfig | N
                 f"{path.parent} was trained with {flag} {old}, now it is {now[flag]}. "
                 "Use the first one again to go on, or another --exp-name."
             )
+    groups = len(saved["optimizer_state_dict"]["param_groups"]), len(learner.optimiser.param_groups)
+    if groups[0] != groups[1]:
+        raise ValueError(
+            f"{path.parent} was trained {'without' if groups[0] < groups[1] else 'with'} --encoder-lr-scale, which "
+            "sorts the weights into other groups. Give what it began with to go on, or another --exp-name."
+        )
     learner.restore(saved)
     return saved_config

@@ -24,6 +24,7 @@ LOSSES: dict[str, dict[str, float]] = {  # name -> its parameters and their defa
     "focal": {"gamma": 2.0},
 }
 PIXEL_LOSSES = ("bce", "ce", "focal")
+SMOOTHED_LOSSES = ("bce", "ce")
 _NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _TERM = re.compile(rf"\s*(?:({_NUMBER})\s*\*\s*)?([A-Za-z_]\w*)\s*(?:\(([^()]*)\))?\s*(\+|$)")
 _PARAMETER = re.compile(rf"\s*([A-Za-z_]\w*)\s*=\s*({_NUMBER})\s*")
@@ -93,7 +94,9 @@ def _parse_parameters(expression: str, name: str, text: str | None) -> dict[str,
     return parameters
 
 
-def build_loss(expression: str, *, num_logits: int, class_weights: Tensor | None = None) -> "Loss":
+def build_loss(
+    expression: str, *, num_logits: int, class_weights: Tensor | None = None, label_smoothing: float = 0.0
+) -> "Loss":
     """Make the loss that an expression such as "0.3*ce+0.7*dice" names.
 
     Args:
@@ -102,9 +105,12 @@ def build_loss(expression: str, *, num_logits: int, class_weights: Tensor | None
         class_weights: (K,) or for K = 1 (2,): background, object; not negative. A pixel counts as much as the
             weight of its true class, in bce, ce and focal. Region losses count every class equally by themselves
             and don't use it.
+        label_smoothing: share of the truth, 0 to 1 (not 1), that ce and bce spread evenly over all classes; of a binary
+            network over background and object. Other terms don't use it.
 
     Raises:
-        ValueError: unreadable expression, K out of range, weights that don't fit or that no term would use.
+        ValueError: unreadable expression, K out of range, weights or a smoothing that don't fit or that no term would
+            use.
     """
     terms = parse_loss(expression)
     if not 1 <= num_logits < IGNORE_INDEX:
@@ -116,7 +122,14 @@ def build_loss(expression: str, *, num_logits: int, class_weights: Tensor | None
                 f"loss {expression!r} does not use class weights, only {', '.join(PIXEL_LOSSES)} do. "
                 "Drop the weights or add such a term, as in '0.5*ce+0.5*dice'"
             )
-    return Loss(terms, num_logits, class_weights)
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label smoothing is {label_smoothing:g}, expected 0 or more and less than 1")
+    if label_smoothing and not any(term.name in SMOOTHED_LOSSES for term in terms):
+        raise ValueError(
+            f"loss {expression!r} does not use --label-smoothing, only {' and '.join(SMOOTHED_LOSSES)} do. Drop it or "
+            "add such a term, as in '0.5*ce+0.5*dice'"
+        )
+    return Loss(terms, num_logits, class_weights, label_smoothing)
 
 
 def _check_weights(class_weights: Tensor, num_classes: int) -> None:
@@ -135,10 +148,13 @@ class Loss:
     is 0 and still has its (zero) gradient. All arithmetic is float32 or wider, also inside autocast.
     """
 
-    def __init__(self, terms: list[Term], num_logits: int, class_weights: Tensor | None) -> None:
+    def __init__(
+        self, terms: list[Term], num_logits: int, class_weights: Tensor | None, label_smoothing: float = 0.0
+    ) -> None:
         self.terms = terms
         self.num_logits = num_logits
         self.class_weights = class_weights
+        self.label_smoothing = label_smoothing
 
     def __call__(self, logits: Tensor, mask: Tensor) -> Tensor:
         """The loss of one batch, a scalar.
@@ -164,8 +180,11 @@ class Loss:
             pixel_weights = self._pixel_weights(mask, keep, logits.dtype)
             for term in self.terms:
                 if term.name in PIXEL_LOSSES:
-                    values = _pixel_losses(term, logits, mask)  # (N, H, W)
-                    parts.append(torch.stack([(values * pixel_weights).sum(), pixel_weights.sum()]))
+                    if self.label_smoothing and term.name in SMOOTHED_LOSSES:
+                        values = smoothed_cross_entropy(logits, mask, self.label_smoothing, self.class_weights) * keep
+                    else:
+                        values = _pixel_losses(term, logits, mask) * pixel_weights  # (N, H, W)
+                    parts.append(torch.stack([values.sum(), pixel_weights.sum()]))
             return torch.cat(parts)
 
     def from_sums(self, sums: Tensor) -> Tensor:
@@ -276,6 +295,23 @@ def cross_entropy(logits: Tensor, mask: Tensor) -> Tensor:
         truth = (mask == 1).to(logits.dtype)
         return F.binary_cross_entropy_with_logits(logits[:, 0], truth, reduction="none")
     return F.cross_entropy(logits, mask, reduction="none")
+
+
+def smoothed_cross_entropy(
+    logits: Tensor, mask: Tensor, smoothing: float, class_weights: Tensor | None = None
+) -> Tensor:
+    """Cross entropy of each pixel against a truth of which a share is spread over all K classes, (N, H, W).
+
+    With class weights every class's part has the weight of that class, so a pixel weighs (1 - smoothing) * w_true +
+    smoothing * mean(w). The weights are in the values; their sum over pixels, which divides them, is that of w_true. A
+    single logit is that of two classes, the background's being 0.
+
+    Reference: Szegedy et al. 2016, https://arxiv.org/abs/1512.00567
+    """
+    if logits.shape[1] == 1:
+        logits = torch.cat([torch.zeros_like(logits), logits], dim=1)
+    weights = None if class_weights is None else class_weights.to(device=logits.device, dtype=logits.dtype)
+    return F.cross_entropy(logits, mask, weights, reduction="none", label_smoothing=smoothing)
 
 
 def focal(logits: Tensor, mask: Tensor, gamma: float) -> Tensor:

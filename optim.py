@@ -1,71 +1,133 @@
 """Optimisers by name, and learning-rate schedules as plain functions of the step."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-OPTIMISERS = ("AdamW", "Adam", "SGD")
-SCHEDULES = ("cosine", "plateau", "one-cycle", "constant")
-# The predecessor's spellings.
-SCHEDULE_NAMES = {"CosineAnnealingLR": "cosine", "ReduceLROnPlateau": "plateau", "OneCycleLR": "one-cycle"}
+OPTIMISERS = ("AdamW", "Adam", "SGD", "NAdam", "RAdam", "Adamax", "Adadelta", "Adagrad", "ASGD", "RMSprop", "Rprop")
+FUSED = ("AdamW", "Adam", "SGD", "Adagrad")  # one kernel on a GPU instead of many
+REFUSED = {
+    "LBFGS": "it compares the loss of one batch at several points, and with dropout, batch normalisation and another "
+    "batch at every step that loss is not one function",
+    "SparseAdam": "it takes sparse gradients, and those of convolutions are dense",
+}
+NOTES = {
+    "Rprop": "Rprop takes -lr as the size of its first steps and then chooses them itself: schedule, warm-up and "
+    "--weight-decay do nothing. It is made for batches of the whole training set",
+    "Adadelta": "Adadelta chooses the size of its steps itself and multiplies it by -lr, which is 1 in the paper",
+}
+SCHEDULES = ("cosine", "plateau", "one-cycle", "poly", "step", "constant")
+# The predecessor's spellings, and PyTorch's.
+SCHEDULE_NAMES = {
+    "CosineAnnealingLR": "cosine",
+    "ReduceLROnPlateau": "plateau",
+    "OneCycleLR": "one-cycle",
+    "PolynomialLR": "poly",
+    "StepLR": "step",
+    "ConstantLR": "constant",
+}
 PLATEAU_SEEN = ("last_epoch", "best", "num_bad_epochs", "cooldown_counter")  # the state of PyTorch's rule
 
 
-def check_names(optimiser: str, schedule: str) -> None:
-    """Refuse names that are not known.
+def resolve_optimiser(name: str) -> str:
+    """PyTorch's spelling of an optimiser.
 
     Raises:
-        ValueError: an unknown optimiser or schedule.
+        ValueError: an unknown name, or an optimiser that cannot work here.
     """
-    if optimiser.lower() not in [name.lower() for name in OPTIMISERS]:
-        raise ValueError(f"--optim {optimiser!r} is unknown; expected one of {' '.join(OPTIMISERS)}")
-    if SCHEDULE_NAMES.get(schedule, schedule) not in SCHEDULES:
-        raise ValueError(f"--scheduler {schedule!r} is unknown; expected one of {' '.join(SCHEDULES)}")
+    for known, reason in REFUSED.items():
+        if name.lower() == known.lower():
+            raise ValueError(f"--optim {known} cannot train here: {reason}. Take one of {' '.join(OPTIMISERS)}")
+    for known in OPTIMISERS:
+        if name.lower() == known.lower():
+            return known
+    raise ValueError(f"--optim {name!r} is unknown; expected one of {' '.join(OPTIMISERS)}")
 
 
-def build_optimiser(
-    name: str, model: nn.Module, *, lr: float, weight_decay: float, momentum: float
-) -> torch.optim.Optimizer:
-    """Build an optimiser; biases and normalisation weights are not decayed.
+def resolve_schedule(name: str) -> str:
+    """Our spelling of a schedule; that of PyTorch's class is understood.
 
     Raises:
         ValueError: an unknown name.
     """
-    check_names(name, "constant")
-    name = next(known for known in OPTIMISERS if known.lower() == name.lower())
-    weights = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in weights if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    known = SCHEDULE_NAMES.get(name, name.lower().replace("_", "-"))
+    if known not in SCHEDULES:
+        raise ValueError(f"--scheduler {name!r} is unknown; expected one of {' '.join(SCHEDULES)}")
+    return known
+
+
+def build_optimiser(
+    name: str,
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    momentum: float,
+    encoder_lr_scale: float = 1.0,
+    fused: bool = False,
+) -> torch.optim.Optimizer:
+    """Build an optimiser; biases and normalisation weights are not decayed.
+
+    Args:
+        momentum: of SGD, with Nesterov's correction; others have their own.
+        encoder_lr_scale: what the learning rate of `model.encoder` is multiplied by, see Schedule.before_step.
+        fused: all weights of a step in one kernel, where PyTorch has it for this optimiser.
+
+    Raises:
+        ValueError: see resolve_optimiser.
+    """
+    name = resolve_optimiser(name)
+    encoder = getattr(model, "encoder", None) if encoder_lr_scale != 1 else None
+    own = {id(weight) for weight in encoder.parameters()} if isinstance(encoder, nn.Module) else set()
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    groups = _decay_groups((weight for weight in weights if id(weight) in own), weight_decay, lr_scale=encoder_lr_scale)
+    groups += _decay_groups((weight for weight in weights if id(weight) not in own), weight_decay)
     more: dict[str, Any] = {"momentum": momentum, "nesterov": momentum > 0} if name == "SGD" else {}
-    return getattr(torch.optim, name)([g for g in groups if g["params"]], lr=lr, **more)
+    if fused and name in FUSED:
+        more["fused"] = True
+    return getattr(torch.optim, name)([group for group in groups if group["params"]], lr=lr, **more)
+
+
+def _decay_groups(weights: Iterable[nn.Parameter], weight_decay: float, **options: float) -> list[dict[str, Any]]:
+    """Weights of one part of the network: those that are decayed, then the others."""
+    weights = list(weights)
+    return [
+        {"params": [weight for weight in weights if weight.ndim > 1], "weight_decay": weight_decay, **options},
+        {"params": [weight for weight in weights if weight.ndim <= 1], "weight_decay": 0.0, **options},
+    ]
 
 
 @dataclass(frozen=True)
 class ScheduleOptions:
-    """Shape of the learning rate over a run; warm-up is in epochs, patience and cooldown too."""
+    """Shape of the learning rate over a run.
+
+    Warm-up is in epochs, patience and cooldown of `plateau` too, as are the distances of `step`.
+    """
 
     name: str = "cosine"
     warmup: float = 0.0
     factor: float = 0.1
     patience: int = 10
     cooldown: int = 0
+    power: float = 0.9
+    every: int = 10
+    step_factor: float = 0.1
 
 
 class Schedule:
     """Sets the learning rate before every step.
 
-    All shapes but `plateau` are functions of the step alone, so a resumed run with more epochs follows the curve of
-    the longer run, and there is nothing to restore.
+    All shapes but `plateau` are functions of the step alone. Those that end with the run (cosine, one-cycle, poly) have
+    a longer curve in a longer run. A resumed run with more epochs follows it from where it is lower than the rate that
+    the shorter one had come down to: the rate never climbs because of --epochs. `limit` keeps that, as a share of lr.
 
     Args:
         lr: highest learning rate.
-        steps: optimiser steps in one epoch.
+        epochs: of the whole run. steps: optimiser steps in one epoch.
         more_is_better: whether the value that `plateau` watches should rise (a score) or fall (a loss).
     """
 
@@ -79,32 +141,48 @@ class Schedule:
         steps: int,
         more_is_better: bool = False,
     ) -> None:
-        name = SCHEDULE_NAMES.get(options.name, options.name)
-        check_names("AdamW", name)
-        self.optimiser, self.lr, self.steps, self.total = optimiser, lr, steps, max(1, epochs * steps)
-        self.warmup_steps = round(options.warmup * steps)
-        self.shape: Callable[[float], float] = {"cosine": cosine, "one-cycle": one_cycle}.get(name, lambda _: 1.0)
+        self.name = resolve_schedule(options.name)
+        self.optimiser, self.options, self.lr, self.epochs, self.steps = optimiser, options, lr, epochs, steps
+        self.limit = 1.0
         # PyTorch's own rule, run on a learning rate of 1: what is left of it scales ours, warm-up included.
         self.scale = torch.optim.SGD([torch.zeros(1)], lr=1.0)
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
         mode: Any = "max" if more_is_better else "min"
         self.plateau = (
             plateau(self.scale, mode, factor=options.factor, patience=options.patience, cooldown=options.cooldown)
-            if name == "plateau"
+            if self.name == "plateau"
             else None
         )
 
+    @property
+    def ends_with_run(self) -> bool:
+        """Whether the curve depends on the number of epochs."""
+        return self.name in ("cosine", "one-cycle", "poly")
+
     def at(self, step: int) -> float:
         """Learning rate of a step, counted from 0 over the whole run."""
-        if step < self.warmup_steps:
-            return self.lr * (step + 1) / (self.warmup_steps + 1)
-        after = (step - self.warmup_steps) / max(1, self.total - self.warmup_steps)
-        return self.lr * self.scale.param_groups[0]["lr"] * self.shape(min(after, 1.0))
+        return self.lr * min(self.limit, self.factor(step, self.epochs))
+
+    def factor(self, step: int, epochs: int) -> float:
+        """Share of the highest rate that a step has in a run of so many epochs."""
+        warmup_steps, total = round(self.options.warmup * self.steps), max(1, epochs * self.steps)
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        after = min((step - warmup_steps) / max(1, total - warmup_steps), 1.0)
+        shapes: dict[str, Callable[[], float]] = {
+            "cosine": lambda: cosine(after),
+            "one-cycle": lambda: one_cycle(after),
+            "poly": lambda: poly(after, self.options.power),
+            "step": lambda: self.options.step_factor ** (step // max(1, self.options.every * self.steps)),
+            "plateau": lambda: float(self.scale.param_groups[0]["lr"]),
+        }
+        return shapes.get(self.name, lambda: 1.0)()
 
     def before_step(self, step: int) -> None:
-        """Put the learning rate of this step into the optimiser."""
+        """Put the learning rate of this step into the optimiser; a group with `lr_scale` gets its share of it."""
+        lr = self.at(step)
         for group in self.optimiser.param_groups:
-            group["lr"] = self.at(step)
+            group["lr"] = lr * group.get("lr_scale", 1.0)
 
     def after_epoch(self, value: float) -> None:
         """Let `plateau` see the monitored value of the epoch; others ignore it."""
@@ -112,21 +190,37 @@ class Schedule:
             self.plateau.step(value)
 
     def state_dict(self) -> dict[str, Any]:
-        """What `plateau` has seen, without its options; empty for the others."""
-        if self.plateau is None:
-            return {}
-        return {"scale": self.scale.param_groups[0]["lr"], **{key: getattr(self.plateau, key) for key in PLATEAU_SEEN}}
+        """Length of the run and limit of the rate; what `plateau` has seen, without its options."""
+        state: dict[str, Any] = {"epochs": self.epochs, "limit": self.limit}
+        if self.plateau:
+            state |= {key: getattr(self.plateau, key) for key in PLATEAU_SEEN}
+            state["scale"] = self.scale.param_groups[0]["lr"]
+        return state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what state_dict returned."""
-        if self.plateau and state:
+    def load_state_dict(self, state: dict[str, Any], *, epoch: int = 0) -> None:
+        """Restore what state_dict returned; a run that became longer gets its limit.
+
+        Args:
+            epoch: epochs that are finished.
+        """
+        if self.plateau and "scale" in state:
             self.scale.param_groups[0]["lr"] = state["scale"]
             self.plateau.load_state_dict({key: state[key] for key in PLATEAU_SEEN})
+        self.limit, planned = state.get("limit", 1.0), state.get("epochs", self.epochs)
+        if self.ends_with_run and self.epochs > planned and epoch:
+            begin, end = (epoch - 1) * self.steps, planned * self.steps
+            highest = max(self.factor(step, planned) for step in range(begin, max(begin + 1, end)))
+            self.limit = min(self.limit, highest)
 
 
 def cosine(after: float) -> float:
     """Half a cosine from 1 to 0. Reference: Loshchilov and Hutter 2017, SGDR, https://arxiv.org/abs/1608.03983."""
     return 0.5 * (1 + math.cos(math.pi * after))
+
+
+def poly(after: float, power: float) -> float:
+    """A straight line from 1 to 0, bent by the power. Reference: Chen et al. 2018, https://arxiv.org/abs/1606.00915."""
+    return (1 - after) ** power
 
 
 def one_cycle(after: float) -> float:

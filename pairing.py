@@ -123,6 +123,54 @@ def _train_folder(root: Path) -> Path:
     return folder or root
 
 
+def find_training(root: Path, options: FileOptions) -> Listing:
+    """All pairs of <root>/train, or of a flat data set, with nothing held out.
+
+    Raises:
+        DatasetError: see split_folder and list_pairs.
+    """
+    listing = options.listing(_train_folder(root))
+    if options.ids:
+        _add_unknown(listing, options.ids, listing.unknown_ids)
+    return listing
+
+
+def find_further(paths: Sequence[Path], options: FileOptions) -> list[Listing]:
+    """Further validation sets.
+
+    Args:
+        paths: split folders, or roots with val/, or .txt files with one of these in each line, relative to the file.
+        options: channels and regions; its ids are of the data set itself and are not used here.
+
+    Raises:
+        DatasetError: a file without lines, and see split_folder and list_pairs.
+    """
+    folders: list[Path] = []
+    for path in paths:
+        folders += _listed_folders(path) if path.suffix.lower() == ".txt" and path.is_file() else [path]
+    found = [(split_folder(folder, "val") or split_folder(folder, None) or folder) for folder in folders]
+    return [list_pairs(folder, options.add_dirs, options.roi_dir) for folder in found]
+
+
+def _listed_folders(path: Path) -> list[Path]:
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{path} is not UTF-8 text; expected the folder of a validation set in each line") from error
+    if not any(lines):
+        raise DatasetError(f"{path} is empty; expected the folder of a validation set in each line")
+    return [path.parent / line for line in lines if line]
+
+
+def unique_names(names: Sequence[str]) -> list[str]:
+    """The names with -2, -3, ... after those that were there before, so that no two are the same."""
+    unique: list[str] = []
+    for name in names:
+        tries = (name, *(f"{name}-{number}" for number in range(2, len(names) + 2)))
+        unique.append(next(each for each in tries if each not in unique))
+    return unique
+
+
 def find_splits(
     root: Path, options: FileOptions, *, val_dir: Path | None = None, val_ids: Path | None = None
 ) -> tuple[Listing, Listing, str]:
@@ -367,7 +415,7 @@ def share_by_name(pairs: Sequence[Pair], share: float, pattern: str | None) -> t
     Raises:
         DatasetError: the pattern matches no name, or there are too few groups to split.
     """
-    group_of = {pair.name: _group(pair.name, pattern) for pair in pairs}
+    group_of = {pair.name: group_name(pair.name, pattern) for pair in pairs}
     groups = sorted(set(group_of.values()), key=lambda name: hashlib.sha256(name.encode()).digest())
     if len(groups) < 2:
         why = (
@@ -383,7 +431,12 @@ def share_by_name(pairs: Sequence[Pair], share: float, pattern: str | None) -> t
     return sides
 
 
-def _group(name: str, pattern: str | None) -> str:
+def group_name(name: str, pattern: str | None) -> str:
+    """The group that an image's name belongs to: what the pattern's first group finds; without a pattern the name.
+
+    Raises:
+        DatasetError: no regular expression, or one that the name does not match.
+    """
     if pattern is None:
         return name
     try:

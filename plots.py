@@ -344,9 +344,13 @@ def _points(history: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[tupl
 
 
 def _best_epoch(history: Sequence[dict[str, Any]]) -> int:
-    """The first epoch with the highest IoU on the first validation set, or else the training set; 0 when unknown."""
+    """The first epoch with the highest IoU of what decides; 0 when unknown.
+
+    That is the weighted mean of the validation sets, else the first of them, else the training set.
+    """
     sets = [name for row in history for name in row.get("val", {})]
-    points = _points(history, ("val", sets[0], "iou") if sets else ("train", "iou"))
+    first = ("val", sets[0], "iou") if sets else ("train", "iou")
+    points = _points(history, ("score", "iou")) or _points(history, first)
     return max(points, key=lambda point: point[1])[0] if points else 0
 
 

@@ -16,6 +16,7 @@ from image_io import resize_image, write_text
 from plots import learning_curves
 
 CSV_NAME = "_iou_per_epoch_val.csv"
+MEAN_NAME = "weighted mean"  # of validation sets without a main one
 EVENT_WIDTH = 1200  # pixels
 CURVES_EVERY = 10  # seconds at least between two drawings, which cost a fifth of a second
 LEFTOVER = re.compile(r"\.[0-9a-f]{32}\.tmp")  # of image_io.atomic_write
@@ -27,12 +28,15 @@ class RunFolder:
     Args:
         path: logs/<exp>.
         epoch: epochs that the checkpoint has finished, 0 for a new run.
-        val_names: names of the validation sets, the main one first.
+        val_names: names of the validation sets, the main one first unless `weighted`.
+        weighted: the weighted mean over the sets takes the place of the main one.
         decimal: decimal sign of the csv file, "comma" or "dot".
     """
 
-    def __init__(self, path: Path, *, epoch: int, val_names: Sequence[str], decimal: str = "comma") -> None:
-        self.path, self.decimal, self.val_names = path, decimal, tuple(val_names)
+    def __init__(
+        self, path: Path, *, epoch: int, val_names: Sequence[str], decimal: str = "comma", weighted: bool = False
+    ) -> None:
+        self.path, self.decimal, self.val_names, self.weighted = path, decimal, tuple(val_names), weighted
         path.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path)
         self.history = [row for row in read_history(path) if row["epoch"] <= epoch]
@@ -55,7 +59,8 @@ class RunFolder:
         """Add an epoch to TensorBoard, metrics.jsonl, the csv file and the learning curves.
 
         Args:
-            row: {"epoch", "lr", "train": {"loss", "iou"}, "val": {set name: {"loss", "iou", "dice", ...}}, ...}.
+            row: {"epoch", "lr", "train": {"loss", "iou"}, "val": {set name: {"loss", "iou", "dice", ...}}, ...}. Sets
+                that were not scored in this epoch are absent; "score" holds the weighted mean where that decides.
         """
         self._log_scalars(row)
         self.history.append(row)
@@ -90,9 +95,10 @@ class RunFolder:
         self.drawn = time.monotonic()
 
     def _layout(self) -> None:
+        names = [*([MEAN_NAME] if self.weighted else []), *self.val_names]
         charts = {
-            "Loss": ["Multiline", [f"{name} loss" for name in self.val_names]],
-            "IOU": ["Multiline", [f"{name} iou" for name in self.val_names]],
+            "Loss": ["Multiline", [f"{name} loss" for name in names]],
+            "IOU": ["Multiline", [f"{name} iou" for name in names]],
         }
         self.writer.add_custom_scalars({"Validation": charts})
 
@@ -101,7 +107,8 @@ class RunFolder:
         write("Accuracy/train", _number(row["train"]["iou"]), epoch)
         write("Loss/train", row["train"]["loss"], epoch)
         write("Learning rate", row["lr"], epoch)
-        for name, scores in row["val"].items():
+        means = {MEAN_NAME: {**row["score"], "classes": {}}} if row.get("score") else {}
+        for name, scores in {**means, **row["val"]}.items():
             write(f"{name} iou", _number(scores["iou"]), epoch)
             write(f"{name} loss", _number(scores["loss"]), epoch)
             write(f"{name} dice", _number(scores["dice"]), epoch)
@@ -113,11 +120,18 @@ class RunFolder:
     def _write_tables(self) -> None:
         """Rewrite both tables whole: a kill leaves the old ones or the new ones."""
         write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.history))
-        lines = ["epoch; iou"]
+        further = self.val_names if self.weighted else self.val_names[1:]
+        lines = ["; ".join(["epoch", "iou", *(name.replace(";", ",") for name in further)])]
         for row in self.history:
-            lines.append(f"{row['epoch']}; {_number(row['val'][self.val_names[0]]['iou']):.4f}")
-        text = "\n".join(lines) + "\n"
-        write_text(self.path / CSV_NAME, text.replace(".", ",") if self.decimal == "comma" else text)
+            scored = row["val"]
+            first = row.get("score") if self.weighted else scored.get(self.val_names[0])
+            values = [(scores or {}).get("iou") for scores in (first, *(scored.get(name) for name in further))]
+            lines.append("; ".join([str(row["epoch"]), *(self._decimal(value) for value in values)]))
+        write_text(self.path / CSV_NAME, "\n".join(lines) + "\n")
+
+    def _decimal(self, value: float | None) -> str:
+        text = f"{_number(value):.4f}"
+        return text.replace(".", ",") if self.decimal == "comma" else text
 
 
 def shrink_panel(panel: np.ndarray) -> np.ndarray:

@@ -18,7 +18,16 @@ from classes import SHOWN, AnnotationLabels, ClassMap, ClassOptions, list_labels
 from dataset import both_hold, read_layer
 from facts import ImageFacts, MaskFacts, PairFacts, count_labels, moments
 from image_io import ImageError, cache_dir, read_mask, read_orientation, write_text
-from pairing import DatasetError, FileOptions, Listing, Pair, find_splits
+from pairing import (
+    DatasetError,
+    FileOptions,
+    Listing,
+    Pair,
+    find_further,
+    find_splits,
+    find_training,
+    unique_names,
+)
 from slide_masks import is_annotation
 from slide_scan import choose_tissue, scan_slide
 from slide_windows import AS_STORED, SlideOptions, is_slide
@@ -311,6 +320,7 @@ def balanced_weights(pixels: np.ndarray) -> np.ndarray:
 class Checked:
     """A data set that was looked at: its facts, its classes and what there is to say about it.
 
+    val: of the main validation set, empty when there is none. further: of other validation sets, by unique names.
     errors stop a training, warnings and notes (choices that were made) do not. slides: how slides are read.
     """
 
@@ -323,6 +333,12 @@ class Checked:
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     slides: SlideOptions = AS_STORED
+    further: dict[str, list[PairFacts]] = field(default_factory=dict)
+
+    @property
+    def val_sets(self) -> dict[str, list[PairFacts]]:
+        """Every validation set by its name, the main one first."""
+        return {**({self.val_name: self.val} if self.val else {}), **self.further}
 
     def raise_errors(self) -> ClassMap:
         """Stop on errors, all of them in one message; else return the classes.
@@ -339,8 +355,15 @@ class Checked:
         return self.classes
 
 
-def check_from_flags(args: argparse.Namespace) -> Checked:
+def check_from_flags(
+    args: argparse.Namespace, further: Sequence[Path] = (), *, main_val: bool = True, folds: bool = False
+) -> Checked:
     """Find, scan and check the data set that the flags of cli.add_data_args describe.
+
+    Args:
+        further: more validation sets, see find_further.
+        main_val: whether the data set has a validation set of its own; without one nothing is held out.
+        folds: what is held out is chosen later, by the caller.
 
     Raises:
         DatasetError: there are no files to look at.
@@ -350,34 +373,62 @@ def check_from_flags(args: argparse.Namespace) -> Checked:
     classes = ClassOptions(
         args.class_list, tuple(args.class_names or ()), args.ignore_label, args.mask_threshold, args.max_mask_val
     )
-    train, val, note = find_splits(args.dataset, files, val_dir=args.val_dir, val_ids=args.val_ids)
+    more = find_further(further, files)
+    if main_val and not folds:
+        train, val, note = find_splits(args.dataset, files, val_dir=args.val_dir, val_ids=args.val_ids)
+    else:
+        train, val, note = find_training(args.dataset, files), None, "no main validation set"
     slides, said = choose_tissue(train.pairs, slides, args.tissue)
-    checked = check_dataset(train, val, classes, steps=args.preprocess, slides=slides, progress=True)
-    checked.notes[:0] = [note, *([said] if said else [])]
+    checked = check_dataset(train, val, classes, further=more, steps=args.preprocess, slides=slides, progress=True)
+    listed = "; ".join(
+        f"{name}: {len(part)} images of {folder.folder}"
+        for (name, part), folder in zip(checked.further.items(), more, strict=True)
+    )
+    notes = [*([] if folds else [note]), said, listed and f"further validation sets {listed}"]
+    checked.notes[:0] = [text for text in notes if text]
     return checked
 
 
 def check_dataset(
     train: Listing,
-    val: Listing,
+    val: Listing | None,
     options: ClassOptions,
     *,
+    further: Sequence[Listing] = (),
     steps: Sequence[str] = (),
     slides: SlideOptions = AS_STORED,
     workers: int | None = None,
     progress: bool = False,
 ) -> Checked:
-    """Scan both splits and collect every finding at once."""
-    facts = scan_pairs([*train.pairs, *val.pairs], steps=steps, slides=slides, workers=workers, progress=progress)
+    """Scan every split and collect every finding at once.
+
+    Args:
+        val: None: there is no main validation set.
+        further: other validation sets; where names are the same they get numbers.
+    """
+    listings = [train, *([val] if val else []), *further]
+    facts = scan_pairs(
+        [pair for listing in listings for pair in listing.pairs],
+        steps=steps,
+        slides=slides,
+        workers=workers,
+        progress=progress,
+    )
+    rest = iter(facts)
+    parts = [[next(rest) for _ in listing.pairs] for listing in listings]
+    names = unique_names([listing.name for listing in listings[1:]])
     root = train.folder.parent if train.folder.name == "train" else train.folder
-    checked = Checked(root, val.name, facts[: len(train.pairs)], facts[len(train.pairs) :], slides=slides)
-    checked.errors, checked.warnings = find_problems([train, val], facts)
-    for part, split in ((train, "training"), (val, "validation")):
+    first = 2 if val else 1
+    checked = Checked(root, names[0] if val else "", parts[0], parts[1] if val else [], slides=slides)
+    checked.further = dict(zip(names[first - 1 :], parts[first:], strict=True))
+    checked.errors, checked.warnings = find_problems(listings, facts)
+    for part, split in zip(listings, ["training", *["validation"] * len(names)], strict=True):
         if not part.has_masks:
             checked.errors.append(f"{part.folder} has no gt/ (or masks/): {split} needs a mask for every image")
         elif not part.pairs:
             checked.errors.append(f"no image of {part.folder} is left for {split}")
-    twice = {pair.image.resolve() for pair in train.pairs} & {pair.image.resolve() for pair in val.pairs}
+    scored = {item.pair.image.resolve() for scored in checked.val_sets.values() for item in scored}
+    twice = {pair.image.resolve() for pair in train.pairs} & scored
     if twice:
         checked.warnings.append(f"{len(twice)} images are in training and validation both, such as {min(twice)}")
     unnamed = _name_annotations(checked, options)
@@ -410,7 +461,7 @@ def name_labels(facts: Sequence[PairFacts], labels: AnnotationLabels) -> list[st
 
 def _name_annotations(checked: Checked, options: ClassOptions) -> list[str]:
     """Find the mask values of what annotations name, see name_labels; say when several names become one class."""
-    facts = [*checked.train, *checked.val]
+    facts = [*checked.train, *(item for part in checked.val_sets.values() for item in part)]
     found = {name for item in facts if item.mask for name in item.mask.names or []}
     if not found:
         return []
@@ -446,7 +497,11 @@ def _check_labels(checked: Checked, options: ClassOptions) -> None:
     elif not options.labels and classes.labels and not options.max_mask_val:
         label = classes.labels[0]
         checked.notes.append(f"no --class-list: the masks hold 0 and {label}, so {label} is the object")
-    for split, part in (("training", checked.train), ("validation", checked.val)):
+    scored = [
+        (f"validation {name}" if name in checked.further else "validation", part)
+        for name, part in checked.val_sets.items()
+    ]
+    for split, part in (("training", checked.train), *scored):
         readable = [item for item in part if item.mask and not item.mask.error]
         if readable:
             errors, warnings = find_label_problems(classes, readable, split, learns=split == "training")

@@ -18,6 +18,8 @@ from train_options import (
     add_network_args,
     add_optimisation_args,
     add_sample_args,
+    add_schedule_args,
+    add_validation_args,
     check_flags,
     class_weights,
     fit_options,
@@ -35,6 +37,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_network_args(parser)
     add_sample_args(parser)
     add_optimisation_args(parser)
+    add_schedule_args(parser)
+    add_validation_args(parser)
     cli.add_run_args(parser, batch=6)
     cli.add_score_args(parser)
     cli.add_log_args(parser)
@@ -46,8 +50,7 @@ class Data:
     """The data set of a run after its check."""
 
     train: list[Any]
-    val: list[Any]
-    val_name: str
+    val: dict[str, list[Any]]  # by name, the main one first
     classes: Any
     present: list[tuple[int, ...]]
     pixels: Any
@@ -106,23 +109,23 @@ def prepare_data(args: argparse.Namespace, run_dir: Path) -> Data:
     from slide_index import prepare_slides
     from slide_windows import is_slide
 
-    checked = scan.check_from_flags(args)
+    checked = scan.check_from_flags(args, args.add_val_dirs, main_val=not args.use_only_add_val)
     for message in checked.warnings:
         print(f"warning: {message}")
     classes = checked.raise_errors()
-    pairs = [item.pair for item in (*checked.train, *checked.val) if is_slide(item.pair, checked.slides)]
+    scored = [item for part in checked.val_sets.values() for item in part]
+    pairs = [item.pair for item in (*checked.train, *scored) if is_slide(item.pair, checked.slides)]
     if pairs and not args.crops:
         raise cli.UsageError(f"{pairs[0].image} is a slide, which networks see in windows: give --crops N")
     slides = [item.pair for item in checked.train if item.pair in pairs]
     statistics = normalisation.load_or_compute_statistics(checked.root, run_dir, checked.train, args.preprocess)
-    print(f"{len(checked.train)} training and {len(checked.val)} validation images; {'; '.join(checked.notes)}")
+    print(f"{len(checked.train)} training and {len(scored)} validation images; {'; '.join(checked.notes)}")
     print(f"classes: {', '.join(classes.names)}; statistics: {statistics.source}")
     for message in prepare_slides(slides, checked.slides, classes):
         print(f"warning: {message}")
     return Data(
         train=[item.pair for item in checked.train],
-        val=[item.pair for item in checked.val],
-        val_name=checked.val_name,
+        val={name: [item.pair for item in part] for name, part in checked.val_sets.items()},
         classes=classes,
         present=[scan.classes_present(item, classes) for item in checked.train],
         pixels=scan.class_pixels(checked.train, classes),
@@ -199,6 +202,8 @@ def build_network(args: argparse.Namespace, data: Data, *, fresh: bool) -> tuple
     network = model.build_model(args.model, args.encoder, in_channels=len(data.channels), num_logits=num_logits)
     config = build_config(args, data, *model.stride_and_min_side(args.model, args.encoder, network))
     published = args.encoder_weights.lower()
+    if fresh and args.init != "network":
+        weights.init_decoder(network, args.init)
     if not fresh:
         pass
     elif args.init_from:
@@ -227,44 +232,72 @@ def build_training_loss(args: argparse.Namespace, config: Any, pixels: Any) -> A
             f"{name} {value:.3g}" for name, value in zip(config.class_names, weights.tolist(), strict=False)
         )
         print(f"class weights: {shown}")
-    return losses.build_loss(args.loss, num_logits=config.num_logits, class_weights=weights)
+    return losses.build_loss(
+        args.loss, num_logits=config.num_logits, class_weights=weights, label_smoothing=args.label_smoothing
+    )
+
+
+def build_batches(args: argparse.Namespace, data: Data, config: Any, device: str) -> Any:
+    """The training images as augmented batches."""
+    from augmentations import Augmentation
+    from dataset import EpochSampler, TrainingBatches, TrainingSet
+
+    augmentation = Augmentation(args.augmentation, rgb=data.rgb, value_range=data.statistics.value_range)
+    samples = TrainingSet(data.train, data.classes, config, augmentation)
+    crops, quota = max(1, args.crops), args.foreground_quota if args.crops else 0
+    sampler = EpochSampler(data.present, crops=crops, quota=quota, seed=args.seed, slides=samples.slides)
+    pin = device.startswith("cuda")
+    return TrainingBatches(samples, sampler, batch=args.batch, workers=args.workers, pin=pin)
 
 
 def train(args: argparse.Namespace, data: Data, run_dir: Path, device: str, record: dict[str, Any]) -> None:
     """Build everything, go on from a last_checkpoint if there is one, fit, print the score of the best."""
     import trainer
-    from augmentations import Augmentation
-    from dataset import EpochSampler, EvaluationSet, TrainingBatches, TrainingSet
+    from dataset import EvaluationSet
     from image_io import write_text
     from learner import build_learner, resume
     from run_folder import RunFolder
 
     network, config = build_network(args, data, fresh=not (run_dir / "last_checkpoint").is_file())
     loss = build_training_loss(args, config, data.pixels)
-    augmentation = Augmentation(args.augmentation, rgb=data.rgb, value_range=data.statistics.value_range)
-    quota = args.foreground_quota if args.crops else 0
-    samples = TrainingSet(data.train, data.classes, config, augmentation)
-    crops = max(1, args.crops)
-    sampler = EpochSampler(data.present, crops=crops, quota=quota, seed=args.seed, slides=samples.slides)
-    pin = device.startswith("cuda")
-    batches = TrainingBatches(samples, sampler, batch=args.batch, workers=args.workers, pin=pin)
-    options = fit_options(args)
+    batches, options = build_batches(args, data, config, device), fit_options(args)
     learner = build_learner(network, options, device=device, steps=-(-len(batches) // args.accumulate))
     before = resume(learner, run_dir / "last_checkpoint", config)
     if before:
         print(f"going on in {run_dir} after epoch {learner.progress.epoch}")
         say_changes(run_dir, record["flags"], before, config, named=bool(args.exp_name))
-    run = RunFolder(run_dir, epoch=learner.progress.epoch, val_names=[data.val_name], decimal=args.decimal)
+    say_optimisation(learner, args)
+    run = RunFolder(
+        run_dir,
+        epoch=learner.progress.epoch,
+        val_names=list(data.val),
+        decimal=args.decimal,
+        weighted=options.weighted,
+    )
     write_text(run_dir / "args.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     run.log_flags(record["flags"])
-    val_set = EvaluationSet(data.val, data.classes, config)
+    val_sets = {name: EvaluationSet(pairs, data.classes, config) for name, pairs in data.val.items()}
     if trainer.is_finished(learner.progress, options):
         early = learner.progress.epoch < args.epochs
         why = "early stopping ended it" if early else f"--epochs asks for {args.epochs}"
         print(f"the run is complete: {learner.progress.epoch} epochs are done and {why}; nothing is trained")
         print("to train on: a larger --epochs; to train anew: another --exp-name")
-    trainer.fit(learner, config, batches, {data.val_name: val_set}, loss, options, run, print)
-    finish(args, run, val_set, learner, device)
+    trainer.fit(learner, config, batches, val_sets, loss, options, run, print)
+    finish(args, run, val_sets, learner, device)
+
+
+def say_optimisation(learner: Any, args: argparse.Namespace) -> None:
+    """What an optimiser makes of the flags, and what a longer run does to the learning rate."""
+    import optim
+
+    if args.optim in optim.NOTES:
+        print(f"warning: {optim.NOTES[args.optim]}")
+    if learner.schedule.limit < 1:
+        print(
+            f"the run was made longer: its learning rate stays at {learner.schedule.limit * args.lr:.3g}, where it had "
+            f"come down to, until {args.scheduler} over {args.epochs} epochs is lower. For a new curve start another "
+            "run: --init-from with the best checkpoint and another --exp-name"
+        )
 
 
 def say_changes(run_dir: Path, flags: dict[str, Any], saved: Any, config: Any, *, named: bool) -> None:
@@ -288,30 +321,62 @@ def say_changes(run_dir: Path, flags: dict[str, Any], saved: Any, config: Any, *
             print(f"warning: {name} was {before[name]} when this run began, it goes on with {flags[name]}")
 
 
-def finish(args: argparse.Namespace, run: Any, val_set: Any, learner: Any, device: str) -> None:
-    """Print the scores of the best checkpoint on the validation set, with the baselines if they were asked for."""
+def finish(args: argparse.Namespace, run: Any, val_sets: dict[str, Any], learner: Any, device: str) -> None:
+    """Print the scores of the best checkpoint on the validation sets, with the baselines if they were asked for."""
     import baselines
-    import evaluation
     import metrics
-    from backends import torch_forward
     from checkpoint import load_checkpoint
 
     config, saved = load_checkpoint(run.best_path)
     summary = learner.best
     if summary is None:  # an earlier run of the command came to the best epoch
-        network = learner.network
-        network.load_state_dict(saved["model_state_dict"])
-        forward = torch_forward(network, device)
-        summary = evaluation.score_set(forward, val_set, workers=args.workers, empty=args.empty).summary
+        learner.network.load_state_dict(saved["model_state_dict"])
+        summary = score_again(args, learner.network, val_sets, device)
     print(f"\nbest epoch {saved['epoch']} of {learner.progress.epoch}, {run.best_path}")
     print(metrics.score_table(summary))
-    if args.baselines and any(val_set.slides):
+    print_sets(run, saved["epoch"], summary)
+    first = next(iter(val_sets.values()))
+    if args.baselines and any(first.slides):
         print("baselines are left out: they need whole images, and there are slides")
     elif args.baselines and config.num_logits == 1:
-        print(*baselines.baseline_lines(baselines.score_baselines(val_set, empty=args.empty)), sep="\n")
+        print(*baselines.baseline_lines(baselines.score_baselines(first, empty=args.empty)), sep="\n")
     run.log_result(vars(args), {f"hparam/{key}": summary[key] for key in ("iou", "dice")})
     run.close()
     print(f"tensorboard --logdir {shlex.quote(str(args.log_dir))}")
+
+
+def score_again(args: argparse.Namespace, network: Any, val_sets: dict[str, Any], device: str) -> dict[str, Any]:
+    """The summary that decides which epoch is best, of a network that was read from its checkpoint."""
+    import evaluation
+    from backends import torch_forward
+
+    forward, chosen = torch_forward(network, device), dict(val_sets)
+    if not args.use_only_add_val:
+        chosen = dict([next(iter(val_sets.items()))])
+    results = {
+        name: evaluation.score_set(forward, data, workers=args.workers, empty=args.empty)
+        for name, data in chosen.items()
+    }
+    if args.use_only_add_val:
+        return evaluation.weighted_mean(results, {name: len(data) for name, data in chosen.items()}).summary
+    return next(iter(results.values())).summary
+
+
+def print_sets(run: Any, epoch: int, summary: dict[str, Any]) -> None:
+    """A line for each validation set where there are several, from what was written down in the best epoch."""
+    from metrics import score_text
+
+    scored: dict[str, Any] = next((row["val"] for row in run.history if row["epoch"] == epoch), {})
+    if run.weighted:
+        mean = f"IoU {score_text(summary['iou'])}, Dice {score_text(summary['dice'])}"
+        print(f"the table is of all pixels of all sets; the mean over sets that decides: {mean}")
+    if len(run.val_names) > 1:
+        for name in run.val_names:
+            scores = scored.get(name)
+            text = "not scored in this epoch"
+            if scores:
+                text = f"IoU {score_text(scores['iou'])}, Dice {score_text(scores['dice'])}"
+            print(f"{name}: {text}")
 
 
 if __name__ == "__main__":

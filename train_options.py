@@ -19,6 +19,12 @@ def add_network_args(parser: argparse.ArgumentParser) -> None:
         help="imagenet (downloaded), none, or a file of weights; plain-unet has none of imagenet",
     )
     group.add_argument("--init-from", type=Path, metavar="CKPT", help="start from the whole network of a checkpoint")
+    group.add_argument(
+        "--init",
+        choices=("network", "kaiming", "xavier"),
+        default="network",
+        help="random start of decoder and head, where no weights are loaded; network: as its authors have it",
+    )
 
 
 def add_sample_args(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +53,7 @@ def add_sample_args(parser: argparse.ArgumentParser) -> None:
 
 
 def add_optimisation_args(parser: argparse.ArgumentParser) -> None:
-    """Add the flags about loss, optimiser and schedule."""
+    """Add the flags about loss, optimiser and what a step is."""
     group = parser.add_argument_group("optimisation")
     group.add_argument(
         "-e", "--epochs", type=cli.positive_int, default=50, metavar="N", help="epochs in all, also on resume"
@@ -57,19 +63,38 @@ def add_optimisation_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--class-weights", nargs="+", metavar="W", help="a number per class, or auto from the label counts"
     )
-    group.add_argument("--optim", default="AdamW", metavar="NAME", help="AdamW, Adam or SGD")
+    group.add_argument(
+        "--label-smoothing",
+        type=cli.share,
+        default=0,
+        metavar="X",
+        help="share of the truth that ce and bce spread",
+    )
+    group.add_argument(
+        "--optim",
+        default="AdamW",
+        metavar="NAME",
+        help="AdamW Adam SGD NAdam RAdam Adamax Adadelta Adagrad ASGD RMSprop Rprop",
+    )
     group.add_argument(
         "--weight-decay", type=cli.not_negative, default=1e-4, metavar="X", help="decay of weights, not of biases"
     )
-    group.add_argument("--momentum", type=cli.share, default=0.9, metavar="X", help="momentum of SGD")
+    group.add_argument("--momentum", type=cli.share, default=0.9, metavar="X", help="momentum of SGD, Nesterov's")
     group.add_argument(
-        "-sc", "--scheduler", default="cosine", metavar="NAME", help="cosine, plateau, one-cycle or constant"
+        "--encoder-lr-scale",
+        type=cli.positive_float,
+        default=1.0,
+        metavar="X",
+        help="times -lr is the encoder's rate, such as 0.1 for pretrained ones",
     )
-    group.add_argument("--warmup", type=cli.not_negative, default=0, metavar="N", help="epochs of rising rate; 0: none")
-    group.add_argument("--plateau-factor", type=cli.share, default=0.1, metavar="X", help="what plateau multiplies by")
-    group.add_argument("--plateau-patience", type=cli.natural, default=10, metavar="N", help="epochs it waits")
     group.add_argument(
-        "--plateau-cooldown", type=cli.natural, default=0, metavar="N", help="epochs it rests after that"
+        "--freeze-encoder", type=cli.natural, default=0, metavar="N", help="first epochs in which it does not learn"
+    )
+    group.add_argument(
+        "--ema",
+        type=cli.inner_share,
+        metavar="DECAY",
+        help="score and keep a moving average of the weights, such as 0.999",
     )
     group.add_argument("--amp", choices=("no", "bf16", "fp16"), default="no", help="precision inside autocast")
     group.add_argument("--accumulate", type=cli.positive_int, default=1, metavar="N", help="batches for one step")
@@ -83,6 +108,44 @@ def add_optimisation_args(parser: argparse.ArgumentParser) -> None:
         "--early-stop", type=cli.natural, default=0, metavar="N", help="end after N epochs without a best; 0: never"
     )
     group.add_argument("--monitor", choices=("iou", "dice", "loss"), default="iou", help="what decides which is best")
+
+
+def add_schedule_args(parser: argparse.ArgumentParser) -> None:
+    """Add the flags about the learning rate over a run, and the search for it."""
+    group = parser.add_argument_group("schedule")
+    group.add_argument(
+        "-sc",
+        "--scheduler",
+        default="cosine",
+        metavar="NAME",
+        help="cosine, plateau, one-cycle, poly, step or constant",
+    )
+    group.add_argument("--warmup", type=cli.not_negative, default=0, metavar="N", help="epochs of rising rate; 0: none")
+    group.add_argument("--plateau-factor", type=cli.share, default=0.1, metavar="X", help="what plateau multiplies by")
+    group.add_argument("--plateau-patience", type=cli.natural, default=10, metavar="N", help="epochs it waits")
+    group.add_argument(
+        "--plateau-cooldown", type=cli.natural, default=0, metavar="N", help="epochs it rests after that"
+    )
+    group.add_argument("--poly-power", type=cli.positive_float, default=0.9, metavar="X", help="bend of poly; 1: line")
+    group.add_argument("--step-every", type=cli.positive_int, default=10, metavar="N", help="epochs of a step")
+    group.add_argument("--step-factor", type=cli.share, default=0.1, metavar="X", help="what step multiplies by")
+
+
+def add_validation_args(parser: argparse.ArgumentParser) -> None:
+    """Add the flags about validation sets beside the main one."""
+    group = parser.add_argument_group("validation sets")
+    group.add_argument(
+        "--add-val-dirs",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="further validation sets, split folders or roots; or a .txt file with one in each line",
+    )
+    group.add_argument(
+        "--adv-freq", type=cli.positive_int, default=1, metavar="N", help="score them every N epochs and in the last"
+    )
+    cli.add_switch(group, "--use-only-add-val", help="no main set: their mean, weighted by numbers of images, decides")
 
 
 def network_names(args: argparse.Namespace) -> tuple[str, str]:
@@ -112,20 +175,40 @@ def check_flags(args: argparse.Namespace) -> None:
         raise cli.UsageError(f"--reduce {args.reduce:g} would enlarge the images; expected 1 or more")
     if len(args.image_size) > 2:
         raise cli.UsageError(f"--image-size takes one number or two, found {len(args.image_size)}")
-    if args.plateau_factor >= 1:
-        raise cli.UsageError(f"--plateau-factor {args.plateau_factor:g} does not lower anything; expected less than 1")
+    for flag, factor in (("--plateau-factor", args.plateau_factor), ("--step-factor", args.step_factor)):
+        if factor >= 1:
+            raise cli.UsageError(f"{flag} {factor:g} does not lower anything; expected less than 1")
+    check_validation_flags(args)
     for flag, path in (("--init-from", args.init_from), ("--encoder-weights", weights_file(args))):
         if path and not path.is_file():
             raise cli.UsageError(f"{flag} {path}: no such file")
     class_weights(args)
     try:
-        losses.build_loss(args.loss, num_logits=2)
+        losses.build_loss(args.loss, num_logits=2, label_smoothing=args.label_smoothing)
         augmentations.Augmentation(args.augmentation, rgb=True, value_range=(0, 255))
-        optim.check_names(args.optim, args.scheduler)
+        args.optim, args.scheduler = optim.resolve_optimiser(args.optim), optim.resolve_schedule(args.scheduler)
         with torch.device("meta"):
             model.build_model(args.model, args.encoder, in_channels=3, num_logits=1)
     except ValueError as error:
         raise cli.UsageError(str(error)) from error
+
+
+def check_validation_flags(args: argparse.Namespace) -> None:
+    """Refuse combinations of validation sets that would score nothing.
+
+    Raises:
+        cli.UsageError: names the flags.
+    """
+    if args.use_only_add_val and not args.add_val_dirs:
+        raise cli.UsageError("--use-only-add-val leaves no validation set; give --add-val-dirs DIR too")
+    if args.use_only_add_val and (args.val_dir or args.val_ids):
+        flag = "--val-dir" if args.val_dir else "--val-ids"
+        raise cli.UsageError(f"{flag} names a main validation set and --use-only-add-val wants none; leave one out")
+    if args.use_only_add_val and 0 < args.early_stop < args.adv_freq:
+        raise cli.UsageError(
+            f"--early-stop {args.early_stop} would end the run between two scorings, which --adv-freq {args.adv_freq} "
+            f"sets apart; give --early-stop {args.adv_freq} or more"
+        )
 
 
 def weights_file(args: argparse.Namespace) -> Path | None:
@@ -151,7 +234,14 @@ def fit_options(args: argparse.Namespace) -> Any:
     from optim import ScheduleOptions
 
     schedule = ScheduleOptions(
-        args.scheduler, args.warmup, args.plateau_factor, args.plateau_patience, args.plateau_cooldown
+        args.scheduler,
+        args.warmup,
+        args.plateau_factor,
+        args.plateau_patience,
+        args.plateau_cooldown,
+        args.poly_power,
+        args.step_every,
+        args.step_factor,
     )
     return FitOptions(
         epochs=args.epochs,
@@ -159,6 +249,9 @@ def fit_options(args: argparse.Namespace) -> Any:
         optimiser=args.optim,
         weight_decay=args.weight_decay,
         momentum=args.momentum,
+        encoder_lr_scale=args.encoder_lr_scale,
+        freeze_encoder=args.freeze_encoder,
+        ema=args.ema or 0.0,
         schedule=schedule,
         amp=args.amp,
         accumulate=args.accumulate,
@@ -168,4 +261,6 @@ def fit_options(args: argparse.Namespace) -> Any:
         channels_last=args.channels_last,
         keep_worst=args.worst,
         empty=args.empty,
+        further_every=args.adv_freq,
+        weighted=args.use_only_add_val,
     )

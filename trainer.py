@@ -4,7 +4,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from backends import out_of_memory, torch_forward
+from backends import Forward, out_of_memory, torch_forward
 from checkpoint import ModelConfig, save_checkpoint
 from dataset import Batch, EvaluationSet, TrainingBatches
-from evaluation import Evaluation, score_set, worst_panels
+from evaluation import Evaluation, score_set, weighted_mean, worst_panels
 from learner import FitOptions, Learner, Progress
-from run_folder import RunFolder
+from run_folder import MEAN_NAME, RunFolder
 from slide_scoring import LossFunction
 
 MUCH_WAITING = 0.1  # share of the time above which more loader processes are suggested
@@ -42,9 +42,19 @@ def train_one_epoch(
     total, samples, waited, begin = torch.zeros((), device=device), 0, 0.0, time.perf_counter()
     watch = _LossWatch(every=1 if device.type == "cpu" else 20)
     position = learner.progress.epoch * learner.schedule.steps  # of the schedule, right on resume with another batch
-    learner.model.train()
+    learner.start_training(freeze_encoder=learner.progress.epoch < options.freeze_encoder)
     groups = _groups(batches, options.accumulate)
     with tqdm(total=len(batches), desc=f"epoch {learner.progress.epoch + 1}", leave=False, disable=None) as bar:  # type: ignore[arg-type]
+
+        def note(value: Tensor, batch: Batch) -> None:
+            nonlocal total, samples
+            total += value * len(batch.names)
+            samples += len(batch.names)
+            if watch.see(value, batch, learner):
+                iou = train_iou(counts, binary=binary) or 0
+                bar.set_postfix(loss=f"{total.item() / samples:.4f}", iou=f"{iou:.3f}")
+            bar.update()
+
         while True:
             asked = time.perf_counter()
             group = next(groups, None)
@@ -53,20 +63,30 @@ def train_one_epoch(
                 break
             learner.schedule.before_step(position)
             position += 1
-            whole = sum(len(batch.names) for batch in group)
-            for batch in group:
-                share = len(batch.names) / whole
-                step_loss = _backward(learner, batch, loss, counts, share, batch is group[-1], options)
-                total += step_loss * len(batch.names)
-                samples += len(batch.names)
-                if watch.see(step_loss, batch, learner):
-                    iou = train_iou(counts, binary=binary) or 0
-                    bar.set_postfix(loss=f"{total.item() / samples:.4f}", iou=f"{iou:.3f}")
-                bar.update()
-            _update(learner, options)
+            train_step(learner, group, loss, counts, options, note)
     watch.check()
     waited /= max(time.perf_counter() - begin, 1e-9)
     return {"loss": total.item() / max(1, samples), "iou": train_iou(counts, binary=binary), "waited": waited}
+
+
+def train_step(
+    learner: Learner,
+    group: Sequence[Batch],
+    loss: LossFunction,
+    counts: Tensor,
+    options: FitOptions,
+    note: Callable[[Tensor, Batch], None],
+) -> None:
+    """One optimiser step from the batches that share it; the only place where weights change.
+
+    Args:
+        counts: see add_counts.
+        note: is given the loss of each batch after its backward pass, and the batch.
+    """
+    whole = sum(len(batch.names) for batch in group)
+    for batch in group:
+        note(_backward(learner, batch, loss, counts, len(batch.names) / whole, batch is group[-1], options), batch)
+    _update(learner, options)
 
 
 def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
@@ -106,6 +126,8 @@ def _update(learner: Learner, options: FitOptions) -> None:
         learner.accelerator.clip_grad_norm_(learner.model.parameters(), options.clip)
     learner.optimiser.step()
     learner.optimiser.zero_grad(set_to_none=True)
+    if learner.ema:
+        learner.ema.update()
     learner.progress.step += 1
 
 
@@ -177,7 +199,7 @@ def fit(
     """Train until the last epoch or until nothing improves; every epoch is scored, logged and saved.
 
     Args:
-        val_sets: by name, the main one first.
+        val_sets: by name, the main one first unless options.weighted.
         report: takes one line for each epoch.
 
     Raises:
@@ -185,27 +207,22 @@ def fit(
         OSError: a checkpoint could not be written; the previous one is whole.
     """
     forward = torch_forward(learner.network, str(learner.accelerator.device))
-    progress, main, workers = learner.progress, next(iter(val_sets)), batches.workers
+    progress, workers = learner.progress, batches.workers
+    main = MEAN_NAME if options.weighted else next(iter(val_sets))
     while not is_finished(progress, options):
         begin = time.perf_counter()
         batches.set_epoch(progress.epoch)
         lr = learner.schedule.at(progress.epoch * learner.schedule.steps)
         train = train_one_epoch(learner, batches, loss, options, config.num_logits)
-        scores = {
-            name: score_set(
-                forward,
-                data,
-                workers=workers,
-                description=f"scoring {name}",
-                empty=options.empty,
-                loss=loss,
-                keep_worst=options.keep_worst,
-            )
-            for name, data in val_sets.items()
-        }
-        improved = note_epoch(learner, scores[main], options)
-        config = replace(config, thresholds=_thresholds(scores[main].summary))
+        with learner.averaged():
+            scores = score_sets(forward, val_sets, loss, options, progress.epoch + 1, workers)
+        result = deciding_scores(scores, val_sets, options)
+        improved = note_epoch(learner, result, options)
+        if result:
+            config = replace(config, thresholds=_thresholds(result.summary))
         row = _epoch_row(progress.epoch, lr, train, scores, time.perf_counter() - begin)
+        if options.weighted:
+            row["score"] = result and _scores_of(result)
         run.log_epoch(row)
         for name, result in scores.items():
             run.log_images(f"worst {name}", worst_panels(result.worst, config), progress.epoch)
@@ -215,15 +232,56 @@ def fit(
             report(waiting_line(train["waited"], workers))
 
 
+def score_sets(
+    forward: Forward,
+    val_sets: Mapping[str, EvaluationSet],
+    loss: LossFunction,
+    options: FitOptions,
+    epoch: int,
+    workers: int,
+) -> dict[str, Evaluation]:
+    """Score the main validation set, and in every few epochs and the last one the further ones."""
+    due = epoch % options.further_every == 0 or epoch == options.epochs
+    main = [] if options.weighted else [next(iter(val_sets))]
+    return {
+        name: score_set(
+            forward,
+            data,
+            workers=workers,
+            description=f"scoring {name}",
+            empty=options.empty,
+            loss=loss,
+            keep_worst=options.keep_worst,
+        )
+        for name, data in val_sets.items()
+        if due or name in main
+    }
+
+
+def deciding_scores(
+    scores: Mapping[str, Evaluation], val_sets: Mapping[str, EvaluationSet], options: FitOptions
+) -> Evaluation | None:
+    """What the best epoch and `plateau` are chosen by: the main set, or the mean over all; None in epochs without."""
+    if not options.weighted:
+        return scores[next(iter(val_sets))]
+    return weighted_mean(scores, {name: len(data) for name, data in val_sets.items()}) if scores else None
+
+
 def is_finished(progress: Progress, options: FitOptions) -> bool:
     """Whether all epochs are done, or early stopping has ended the run."""
     stands_still = options.patience and progress.epoch - progress.best_epoch >= options.patience
     return progress.epoch >= options.epochs or bool(stands_still)
 
 
-def note_epoch(learner: Learner, result: Evaluation, options: FitOptions) -> bool:
-    """Count an epoch, let the schedule see its monitored value, and tell whether it is the best so far."""
+def note_epoch(learner: Learner, result: Evaluation | None, options: FitOptions) -> bool:
+    """Count an epoch, let the schedule see its monitored value, and tell whether it is the best so far.
+
+    An epoch without scores is neither good nor bad: `plateau` does not see it.
+    """
     progress = learner.progress
+    if result is None:
+        progress.epoch += 1
+        return False
     value = result.loss if options.monitor == "loss" else result.summary[options.monitor]
     sign = -1 if options.monitor == "loss" else 1
     score = -math.inf if value is None else sign * value  # more is better
@@ -238,10 +296,11 @@ def note_epoch(learner: Learner, result: Evaluation, options: FitOptions) -> boo
 
 def save_epoch(learner: Learner, config: ModelConfig, run: RunFolder, improved: bool) -> None:
     """Save the best network if this one is it, then the whole state; a kill between the two repeats the epoch."""
-    progress, weights = learner.progress, learner.network.state_dict()
+    progress, network = learner.progress, learner.network
     if improved:
-        save_checkpoint(run.best_path, config, weights, epoch=progress.epoch, max_score=progress.best)
-    save_checkpoint(run.last_path, config, weights, **learner.state())
+        with learner.averaged():
+            save_checkpoint(run.best_path, config, network.state_dict(), epoch=progress.epoch, max_score=progress.best)
+    save_checkpoint(run.last_path, config, network.state_dict(), **learner.state())
 
 
 def waiting_line(share: float, workers: int) -> str:
@@ -260,12 +319,7 @@ def _epoch_row(
     epoch: int, lr: float, train: dict[str, Any], scores: dict[str, Evaluation], seconds: float
 ) -> dict[str, Any]:
     val = {
-        name: {
-            "loss": result.loss,
-            "iou": result.summary["iou"],
-            "dice": result.summary["dice"],
-            "classes": {row["name"]: row["iou"] for row in result.summary["per_class"]},
-        }
+        name: {**_scores_of(result), "classes": {row["name"]: row["iou"] for row in result.summary["per_class"]}}
         for name, result in scores.items()
     }
     return {
@@ -278,6 +332,10 @@ def _epoch_row(
     }
 
 
+def _scores_of(result: Evaluation) -> dict[str, float | None]:
+    return {"loss": result.loss, "iou": result.summary["iou"], "dice": result.summary["dice"]}
+
+
 def epoch_line(row: dict[str, Any], epochs: int, main: str, saved: str | None, monitor: str) -> str:
     """One line of text about an epoch: losses, scores, and what improved and was saved."""
 
@@ -286,7 +344,10 @@ def epoch_line(row: dict[str, Any], epochs: int, main: str, saved: str | None, m
 
     parts = [f"epoch {row['epoch']}/{epochs}  lr {row['lr']:.2e}"]
     parts.append(f"train loss {show(row['train']['loss'])} iou {show(row['train']['iou'])}")
-    for name, scores in row["val"].items():
+    shown = dict(row["val"])
+    if row.get("score"):
+        shown = {MEAN_NAME: row["score"], **shown}
+    for name, scores in shown.items():
         parts.append(f"{name} loss {show(scores['loss'])} iou {show(scores['iou'])} dice {show(scores['dice'])}")
     parts.append(f"{row['seconds']:.1f} s")
     if saved:

@@ -107,6 +107,28 @@ def init_from(model: nn.Module, state_dict: Mapping[str, Any]) -> str:
     return _report("network weights", target, stored, matched, notes)
 
 
+def init_decoder(model: Any, how: str) -> None:
+    """Random weights of the decoder's convolutions and linear layers anew; call it before weights are loaded.
+
+    Biases become 0; normalisation and the head stay as they are.
+
+    Args:
+        model: as build_model returns it.
+        how: "kaiming" (normal, for layers with a ReLU behind them) or "xavier" (uniform).
+
+    Reference: He et al. 2015, https://arxiv.org/abs/1502.01852; Glorot and Bengio 2010.
+    """
+    for layer in model.decoder.modules():
+        if not isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+            continue
+        if how == "kaiming":
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        else:
+            nn.init.xavier_uniform_(layer.weight)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+
+
 def _load_published(model: nn.Module, source: str, *, in_channels: int) -> str:
     """Weights through smp's and timm's own loading, which also adapts the first convolution."""
     architecture, encoder = str(getattr(model, "architecture", PLAIN_UNET)), str(getattr(model, "encoder_name", ""))

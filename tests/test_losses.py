@@ -71,6 +71,54 @@ def test_binary_class_weights_by_hand():
         assert float(build_loss(name, num_logits=1, class_weights=weights)(logits, mask)) == pytest.approx(expected)
 
 
+@settings(max_examples=25, deadline=None)
+@given(seeds, st.sampled_from([2, 3, 5]), st.floats(0.01, 0.9), st.booleans())
+def test_label_smoothing_equals_torch(seed, num_logits, smoothing, weighted):
+    logits, mask = random_batch(seed, num_logits)
+    weights = torch.rand(num_logits, generator=torch.Generator().manual_seed(seed)) + 0.1 if weighted else None
+    expected = torch.nn.CrossEntropyLoss(weights, ignore_index=IGNORE_INDEX, label_smoothing=smoothing)(logits, mask)
+    ours = build_loss("ce", num_logits=num_logits, class_weights=weights, label_smoothing=smoothing)
+    torch.testing.assert_close(ours(logits, mask), expected)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seeds, st.floats(0.01, 0.9), st.sampled_from([None, (1.0, 4.0), (0.5, 0.0)]))
+def test_label_smoothing_of_one_class_equals_a_slow_loop(seed, smoothing, weights):
+    logits, mask = random_batch(seed, 1)
+    total = whole = 0.0
+    for logit, truth in zip(logits.flatten().tolist(), mask.flatten().tolist(), strict=True):
+        if truth == IGNORE_INDEX:
+            continue
+        costs = (math.log1p(math.exp(logit)), math.log1p(math.exp(-logit)))  # of calling it background, object
+        weight = weights or (1.0, 1.0)
+        total += (1 - smoothing) * weight[truth] * costs[truth]
+        total += smoothing * (weight[0] * costs[0] + weight[1] * costs[1]) / 2
+        whole += weight[truth]
+    given = None if weights is None else torch.tensor(weights)
+    ours = build_loss("bce", num_logits=1, class_weights=given, label_smoothing=smoothing)
+    assert float(ours(logits, mask)) == pytest.approx(total / whole, rel=1e-4)
+
+
+def test_smoothed_sums_of_two_batches_add_up():
+    loss = build_loss("ce+dice", num_logits=3, class_weights=torch.tensor([1.0, 2.0, 3.0]), label_smoothing=0.2)
+    logits, mask = random_batch(4, 3, size=(4, 6, 5))
+    whole, parts = loss(logits, mask), loss.sums(logits[:1], mask[:1]) + loss.sums(logits[1:], mask[1:])
+    torch.testing.assert_close(loss.from_sums(parts), whole)
+
+
+def test_smoothing_is_of_ce_and_bce_alone():
+    logits, mask = random_batch(2, 3)
+    plain, smooth = (build_loss("focal+ce", num_logits=3, label_smoothing=x)(logits, mask) for x in (0.0, 0.3))
+    ce = [build_loss("ce", num_logits=3, label_smoothing=x)(logits, mask) for x in (0.0, 0.3)]
+    torch.testing.assert_close(smooth - plain, ce[1] - ce[0], atol=1e-5, rtol=1e-5)
+    for expression in ("dice", "focal", "focal+jaccard"):
+        with pytest.raises(ValueError, match="does not use --label-smoothing, only bce and ce do"):
+            build_loss(expression, num_logits=3, label_smoothing=0.1)
+    for value in (1.0, -0.1, 2.0):
+        with pytest.raises(ValueError, match="label smoothing is .*, expected 0 or more and less than 1"):
+            build_loss("ce", num_logits=3, label_smoothing=value)
+
+
 @pytest.mark.parametrize("num_logits", [1, 3])
 def test_bce_and_ce_are_one_loss(num_logits):
     logits, mask = random_batch(1, num_logits, ignored=0.2)

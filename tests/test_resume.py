@@ -167,7 +167,18 @@ def test_killed_and_started_again_equals_uninterrupted(killed, way, capsys):
         assert [event.step for event in events.Scalars(tag)] == [1, 2, 3], "TensorBoard shows each epoch once"
 
 
-@pytest.mark.parametrize("more", [(), ("-sc", "plateau", "--plateau-patience", 0), ("--optim", "SGD", "--warmup", 1.5)])
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        ("-sc", "plateau", "--plateau-patience", 0),
+        ("--optim", "SGD", "--warmup", 1.5),
+        ("--ema", 0.9, "-sc", "one-cycle", "--optim", "RAdam", "--init", "kaiming"),
+        ("--freeze-encoder", 1, "--encoder-lr-scale", 0.1, "-sc", "poly", "--warmup", 0.5, "--label-smoothing", 0.1)
+        + ("--loss", "ce+dice"),
+        ("--freeze-encoder", 2, "--ema", 0.99, "-sc", "step", "--step-every", 1, "--optim", "NAdam"),
+    ],
+)
 def test_stopping_between_epochs_changes_nothing(data, tmp_path, more, monkeypatch):
     """Workers differ too: randomness of a sample does not depend on the process that loads it."""
     train.main(words_for(data, tmp_path, "whole", *more))
@@ -189,13 +200,19 @@ def test_stopping_between_epochs_changes_nothing(data, tmp_path, more, monkeypat
     assert_same_run(tmp_path / "halves", tmp_path / "whole")
 
 
-def test_more_epochs_follow_the_longer_cosine(data, tmp_path):
+def test_more_epochs_follow_the_longer_cosine_and_never_climb(data, tmp_path, capsys):
     train.main(words_for(data, tmp_path, "run", "-lr", 0.5, epochs=2))
-    train.main(words_for(data, tmp_path, "run", "-lr", 0.5, epochs=5))
+    assert "made longer" not in capsys.readouterr().out
+    train.main(words_for(data, tmp_path, "run", "-lr", 0.5, epochs=4))
+    assert "the run was made longer: its learning rate stays at 0.25" in capsys.readouterr().out
+    train.main(words_for(data, tmp_path, "run", "-lr", 0.5, epochs=6))
     rates = [row["lr"] for row in read_rows(tmp_path / "run")]
-    expected = [0.25 * (1 + math.cos(math.pi * k / 2)) for k in range(2)]
-    expected += [0.25 * (1 + math.cos(math.pi * k / 5)) for k in range(2, 5)]
+    expected = [0.5, 0.25]  # the cosine over two epochs
+    expected += [0.25, 0.25 * (1 + math.cos(math.pi * 3 / 4))]  # that over four, not above 0.25
+    expected += [expected[-1]] * 2  # that over six is higher than where the four had ended, but in its last epoch
+    expected[5] = min(expected[3], 0.25 * (1 + math.cos(math.pi * 5 / 6)))
     assert rates == pytest.approx(expected)
+    assert rates == sorted(rates, reverse=True)
 
 
 def test_another_batch_size_keeps_the_place_in_the_schedule(data, tmp_path, capsys):
