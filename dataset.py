@@ -4,8 +4,9 @@ Randomness of a sample is a function of seed, epoch and position, so worker proc
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from image_io import (
     resize_image,
     resize_mask,
 )
+from mixing import Mixing
 from pairing import DatasetError, Pair
 from slide_index import open_places
 from slide_windows import SlideOptions, is_slide
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from augmentations import Augmentation  # only training pays for its libraries
 
 BATCH_IMAGES = 4  # images whose crops are mixed with each other
+SHRUNK_FIRST = 2  # times the size of the network, from which on an image is shrunk before it is moved
 WHOLE_SLIDE = "a network that sees whole images resized cannot learn from it; take crops, such as --crops 64"
 SLIDE_SLOTS = 4  # windows of a slide that are read together
 
@@ -248,12 +251,31 @@ class Batch:
 
 
 class TrainingSet(Dataset[list[tuple[str, np.ndarray, np.ndarray]]]):
-    """Augmented samples; an item is a tuple of slots of one image, so several crops cost one decode."""
+    """Augmented samples; an item is a tuple of slots of one image, so several crops cost one decode.
+
+    Args:
+        mixing: how samples are mixed with others, after they were moved and before their values are changed; a sample
+            that would lose the class it must hold stays as it is. None: not at all.
+
+    Raises:
+        DatasetError: a slide in the resize geometry, or objects to be pasted where no class is background.
+    """
 
     def __init__(
-        self, pairs: Sequence[Pair], classes: ClassMap, config: ModelConfig, augmentation: "Augmentation"
+        self,
+        pairs: Sequence[Pair],
+        classes: ClassMap,
+        config: ModelConfig,
+        augmentation: "Augmentation",
+        mixing: Mixing | None = None,
     ) -> None:
         self.pairs, self.classes, self.config, self.augmentation = list(pairs), classes, config, augmentation
+        self.mixing = mixing
+        if mixing is not None and mixing.kind == "copy-paste" and not classes.has_background:
+            raise DatasetError(
+                "every class of this data set is labelled and none is background, so copy-paste cannot tell objects "
+                "from what lies behind them; use --mix mosaic or cutmix"
+            )
         self.options = SlideOptions.from_config(config)
         self.slides = [is_slide(pair, self.options) for pair in self.pairs]
         if any(self.slides) and config.geometry.kind != "crops":
@@ -264,22 +286,40 @@ class TrainingSet(Dataset[list[tuple[str, np.ndarray, np.ndarray]]]):
 
     def __getitem__(self, slots: tuple[Slot, ...]) -> list[tuple[str, np.ndarray, np.ndarray]]:
         """Samples (name, tensor (C, H, W) float32, mask (H, W) uint8), one for each slot."""
-        pair = self.pairs[slots[0].image]
-        if self.slides[slots[0].image]:
-            return [self._slide_sample(pair, slot) for slot in slots]
+        own, samples = slots[0].image, []
+        name, sources = self.pairs[own].name, {own: self._source(own)}
+
+        def take(image: int, seed: int, wanted: int | None) -> tuple[np.ndarray, np.ndarray]:
+            if image not in sources:
+                sources[image] = self._source(image)
+            return sources[image](Slot(image, seed, wanted))
+
+        for slot in slots:
+            part = sources[own](slot)
+            if self.mixing is not None:
+                mixed = self.mixing.mix(part, own, (slot.seed, slots[0].seed), take)
+                if slot.wanted is None or (mixed[1] == slot.wanted).any():
+                    part = mixed
+            pixels, indices = self.augmentation.local(*part, slot.seed + 1)
+            samples.append((name, normalise(pixels, self.config.mean, self.config.std), indices))
+        return samples
+
+    def _source(self, number: int) -> Callable[[Slot], tuple[np.ndarray, np.ndarray]]:
+        """What gives samples of an image, before their values are changed; whole images are decoded here, once."""
+        pair = self.pairs[number]
+        if self.slides[number]:
+            return partial(self._slide_window, pair)
         image, mask, _ = load_pair(pair, self.classes, self.config)
         if mask is None:
             raise DatasetError(f"{pair.image} has no mask; expected one of its name in gt/ or masks/")
-        take = self._crop if self.config.geometry.kind == "crops" else self._resized
-        samples = []
-        for slot in slots:
-            pixels, indices = take(image, mask, slot)
-            pixels, indices = self.augmentation.local(pixels, indices, slot.seed + 1)
-            samples.append((pair.name, normalise(pixels, self.config.mean, self.config.std), indices))
-        return samples
+        return partial(self._crop if self.config.geometry.kind == "crops" else self._resized, image, mask)
 
     def _resized(self, image: np.ndarray, mask: np.ndarray, slot: Slot) -> tuple[np.ndarray, np.ndarray]:
         size = self.config.geometry.size
+        factor = min(side / wanted for side, wanted in zip(mask.shape, size, strict=True))
+        if factor >= SHRUNK_FIRST and self.augmentation.moves:  # elastic of some pixels would be lost, and slow
+            smaller = (round(mask.shape[0] / factor), round(mask.shape[1] / factor))
+            image, mask = resize_image(image, smaller), resize_mask(mask, smaller)
         image, mask = self.augmentation.geometric(image, mask, slot.seed)
         return resize_image(image, size), resize_mask(mask, size)
 
@@ -289,14 +329,12 @@ class TrainingSet(Dataset[list[tuple[str, np.ndarray, np.ndarray]]]):
         corner = crop_corner(mask, self.config.geometry.size, slot.wanted, rng)
         return self._deform(cut_window(image, mask, *self._doubled(corner)), slot, rng)
 
-    def _slide_sample(self, pair: Pair, slot: Slot) -> tuple[str, np.ndarray, np.ndarray]:
+    def _slide_window(self, pair: Pair, slot: Slot) -> tuple[np.ndarray, np.ndarray]:
         """As _crop, of a slide whose windows are read one by one."""
         places = open_places(pair, self.options, self.classes, self.config.mean)
         rng = np.random.default_rng(slot.seed)
         corner = places.corner(self.config.geometry.size, slot.wanted, rng)
-        window = places.slide.window(self.classes, *self._doubled(corner))
-        pixels, indices = self.augmentation.local(*self._deform(window, slot, rng), slot.seed + 1)
-        return pair.name, normalise(pixels, self.config.mean, self.config.std), indices
+        return self._deform(places.slide.window(self.classes, *self._doubled(corner)), slot, rng)
 
     def _doubled(self, corner: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
         """Corner and size of the window of twice the size round a crop."""

@@ -17,6 +17,8 @@ from image_io import IGNORE_INDEX
 
 Limits = tuple[float, float]
 
+FULLY_COLOURED = 0.2  # saturation from which on it is shifted by the whole amount
+
 # Ruifrok and Johnston: absorption of haematoxylin, eosin and what is left, in red, green and blue.
 STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 
@@ -76,17 +78,22 @@ def clahe(image: np.ndarray, rng: np.random.Generator, *, limit: float = 4) -> n
 def hue_saturation(
     image: np.ndarray, rng: np.random.Generator, *, hue: float = 40, saturation: float = 0.12, value: float = 0.08
 ) -> np.ndarray:
-    """Turn the hue by up to so many degrees and shift saturation and value of RGB; greys stay grey."""
+    """Turn the hue by up to so many degrees and shift saturation and value of RGB.
+
+    Greys stay grey and what is nearly grey nearly so: its hue is noise, which more saturation would show.
+    """
     turned = rng.uniform(-hue, hue)
     stronger, lighter = saturation * rng.uniform(-1, 1), value * rng.uniform(-1, 1)
     if image.dtype == np.uint8:
         levels = np.arange(256)
-        table = [(levels + round(turned / 2)) % 180, levels + 255 * stronger * (levels > 0), levels + 255 * lighter]
+        shift = 255 * stronger * np.minimum(levels / FULLY_COLOURED / 255, 1)
+        table = [(levels + round(turned / 2)) % 180, levels + shift, levels + 255 * lighter]
         hsv = cv2.LUT(cv2.cvtColor(image, cv2.COLOR_RGB2HSV), np.rint(np.clip(table, 0, 255)).astype(np.uint8).T[None])
         return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
     hsv = np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2HSV))  # 0..360, 0..1, 0..1
     hsv[..., 0] = (hsv[..., 0] + np.float32(turned)) % 360
-    hsv[..., 1] = np.clip(hsv[..., 1] + np.float32(stronger) * (hsv[..., 1] > 0), 0, 1)
+    share = np.minimum(hsv[..., 1] / np.float32(FULLY_COLOURED), 1)
+    hsv[..., 1] = np.clip(hsv[..., 1] + np.float32(stronger) * share, 0, 1)
     hsv[..., 2] = np.clip(hsv[..., 2] + np.float32(lighter), 0, 1)
     return np.clip(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB), 0, 1)
 

@@ -20,6 +20,7 @@ FLOORS = (
         "events",
         "export_layers",
         "losses",
+        "mixing",
         "model",
         "optim",
         "plots",
