@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+import predecessor
 from image_io import atomic_write
 
 FORMAT = 1
@@ -63,6 +64,7 @@ class ModelConfig:
     `value_range` holds the lowest and highest value of each channel, `dtype` the type that training images had,
     `image_means` the lowest and highest mean of an image; None in older files.
     `tissue` is the rule (tissue.RULES) that training and its scores kept to on slides, or "none".
+    `assumed` names what an old file does not say and was assumed, see assumptions.
     """
 
     architecture: str
@@ -90,7 +92,18 @@ class ModelConfig:
     group_pattern: str | None = None
     tissue: str = "none"
     thresholds: dict[str, float] = field(default_factory=lambda: {"default": 0.5})
+    assumed: tuple[str, ...] = ()
     format: int = FORMAT
+
+    @property
+    def assumptions(self) -> list[str]:
+        """What a user must be told about this network before its answers are used; nothing of our own."""
+        return predecessor.describe_assumptions(self.assumed, self.geometry.size)
+
+    def with_size(self, size: tuple[int, int]) -> "ModelConfig":
+        """The same network with whole images resized to another size, which somebody stated."""
+        assumed = tuple(name for name in self.assumed if name != predecessor.SIZE)
+        return replace(self, geometry=replace(self.geometry, size=size), assumed=assumed)
 
     @property
     def num_logits(self) -> int:
@@ -171,16 +184,20 @@ def save_checkpoint(path: Path, config: ModelConfig, model_state: dict[str, Any]
 
 
 def load_checkpoint(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """Read a checkpoint on the CPU; nothing in the file is executed.
+    """Read a checkpoint of Tessera or of its predecessor on the CPU; nothing in the file is executed.
+
+    Returns:
+        The description, and the content of the file. Of the predecessor's it is weights (see predecessor.translate),
+        epoch and score alone: a run of it cannot be gone on with.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: truncated, not a checkpoint of Tessera, or one whose pickle would run code.
+        ValueError: truncated, not a checkpoint of either, or one whose pickle would run code.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}; train.py writes it, -cd DIR finds the newest in a folder")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), predecessor.inert_classes():
             warnings.simplefilter("ignore")  # of pickle protocols; the file is refused below if they matter
             saved = torch.load(path, map_location="cpu", weights_only=True)
     except _DAMAGE as error:
@@ -189,12 +206,24 @@ def load_checkpoint(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
         if error.errno != errno.EINVAL:  # a place before the file's beginning, which a cut archive points to
             raise
         raise ValueError(f"{path} {_refusal(error)}") from error
-    if not isinstance(saved, dict) or "config" not in saved or "model_state_dict" not in saved:
-        raise ValueError(f"{path} has no 'config' entry: it is not a checkpoint written by train.py")
     try:
+        if predecessor.is_predecessors(saved):
+            saved = _translated(saved)
+        elif not isinstance(saved, dict) or "config" not in saved or "model_state_dict" not in saved:
+            raise ValueError(
+                "it has no 'config' entry: it is not a checkpoint written by train.py, "
+                f"{predecessor.describe_stranger(saved)}"
+            )
         return config_from_dict(saved["config"]), saved
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _translated(saved: dict[str, Any]) -> dict[str, Any]:
+    """The content of a checkpoint of the predecessor in our form."""
+    description, weights = predecessor.translate(saved)
+    numbers = {key: saved[key] for key in ("epoch", "max_score") if isinstance(saved.get(key), (int, float))}
+    return {"format": FORMAT, "config": description, "model_state_dict": weights, **numbers}
 
 
 def _refusal(error: BaseException) -> str:
@@ -203,8 +232,11 @@ def _refusal(error: BaseException) -> str:
     if code:
         return (
             f"is refused: loading it would run code ({code.group(1)}), and nothing in a file is executed. "
-            "Checkpoints of train.py hold plain types and tensors only."
+            f"Checkpoints of train.py hold plain types and tensors only.{predecessor.describe_code(code[1])}"
         )
+    known = predecessor.describe_reading(error)
+    if known:
+        return known
     if isinstance(error, pickle.UnpicklingError):
         return "is not a checkpoint written by train.py: it is no archive of plain types and tensors"
     reason = str(error).split("\n")[0].split(" (")[0][:120]

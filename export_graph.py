@@ -253,7 +253,7 @@ def fit_config(config: ModelConfig, size: tuple[int, int]) -> ModelConfig:
     """
     geometry = config.geometry
     if geometry.kind == "resize":
-        return replace(config, geometry=replace(geometry, size=size))
+        return config.with_size(size)
     side = min(size) // config.stride * config.stride
     if side < max(config.min_side, 1):
         raise ValueError(

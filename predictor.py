@@ -312,10 +312,13 @@ def geometry_from_flags(configs: Sequence[ModelConfig], flags: Any) -> tuple[Geo
         for name in ("overlap", "halo", "blend", "tta"):
             if getattr(flags, name) is not None:
                 raise UsageError(f"--{name} is for networks trained on crops; this one sees whole images resized")
-        if not flags.tile_size or (side, side) == geometry.size:
-            return geometry, []
+        if not flags.tile_size:
+            return geometry, _assumptions(configs[0])
+        stated = configs[0].with_size((side, side))
+        if (side, side) == geometry.size or stated.assumed != configs[0].assumed:
+            return stated.geometry, _assumptions(stated)
         note = f"the network was trained on images resized to {geometry.size}, now {(side, side)}"
-        return replace(geometry, size=(side, side)), [note]
+        return stated.geometry, [note, *_assumptions(stated)]
     changed = side != geometry.tile
     overlap = side // 4 if changed else geometry.overlap
     if flags.overlap is not None:
@@ -346,6 +349,10 @@ class Plan:
     def tiles(self) -> int:
         """How many tiles are predicted."""
         return len(self.rows.origins) * len(self.cols.origins) if self.keep is None else int(self.keep.sum())
+
+
+def _assumptions(config: ModelConfig) -> list[str]:
+    return [f"the network comes from {text}" for text in config.assumptions]
 
 
 def common_sides(configs: Sequence[ModelConfig]) -> tuple[int, int]:

@@ -168,6 +168,8 @@ def load_trained(options: TrainedOptions, device: str, *, megapixels: float | No
             "use a network without them, or predict.py -d"
         )
     trained = Trained(options, config, forward, note)
+    for assumption in config.assumptions:
+        trained._say(f"{options.path} is {assumption}")
     if config.geometry.mpp:
         trained._say(
             f"{options.path} was trained at {config.geometry.mpp:g} um per pixel: images are taken as they are"

@@ -115,7 +115,7 @@ def test_no_file(tmp_path):
 )
 def test_a_checkpoint_of_another_project(tmp_path, content):
     torch.save(content, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match=r"other.pth has no 'config' entry: it is not a checkpoint written by train"):
+    with pytest.raises(ValueError, match=r"other.pth: it has no 'config' entry: it is not a checkpoint written by train"):
         load_checkpoint(tmp_path / "other.pth")
 
 
@@ -144,7 +144,7 @@ def test_any_bytes_are_refused_with_the_path(tmp_path):
     for content in contents:
         (tmp_path / "x.pth").write_bytes(content)
         with pytest.raises(
-            ValueError, match=r"x\.pth (is truncated or not|is not a checkpoint|is refused|has no 'config')"
+            ValueError, match=r"x\.pth (is truncated or not|is not a checkpoint|is refused|it has no 'config')"
         ):
             load_checkpoint(tmp_path / "x.pth")
 
