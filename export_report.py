@@ -50,11 +50,12 @@ def measure(source: Source, exports: Mapping[str, Path], made: Export, tiles: Se
                 "variant": name,
                 "bytes": file.stat().st_size,
                 "seconds": seconds[name],
+                "calls": REPEATS,
                 "input": list(taken.shape),
                 "threads": torch.get_num_threads(),
                 "iou": iou,
                 "tiles": len(tiles),
-                "proof": None if name == first else asdict(made.proof),
+                "proof": asdict(made.proof) if name in ("onnx", "torchscript") else None,
                 "shell": None if name == first else shell.metadata(),
                 "metadata": {key: made.metadata[key] for key in ("exporter", "failed", "opset", "torch", "commit")},
             }
@@ -81,7 +82,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     widths = [max(len(line[place]) for line in lines) for place in range(5)]
     text = ["  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     size = "x".join(map(str, rows[-1]["input"]))
-    return "\n".join([*text, f"ms: median of {REPEATS} calls with {size}, in turns, {rows[-1]['threads']} threads"])
+    notes = f"ms: median of {REPEATS} calls with {size}, in turns, {rows[-1]['threads']} threads"
+    if any(row["tiles"] for row in rows):
+        notes += f"; IoU: of {rows[-1]['tiles']} tiles, each from the middle of an image"
+    return "\n".join([*text, notes])
 
 
 def write_report(path: Path, rows: Sequence[dict[str, Any]]) -> str:

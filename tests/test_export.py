@@ -249,6 +249,54 @@ def test_validate_and_predict_run_the_file(tmp_path, capsys, flags):
     assert all(0.02 < (mask > 0).mean() < 0.98 for mask in masks["onnx"])
 
 
+def test_the_first_exporter_writes_what_the_checkpoint_gives(tmp_path, monkeypatch):
+    """The command, the file and the commands that run it, with torch.export itself."""
+    monkeypatch.undo()
+    path, _, _ = network_of(tmp_path)
+    split, out = write_split(tmp_path / "val"), tmp_path / "net.onnx"
+    export_onnx.main(["-c", str(path), "-o", str(out)])
+    assert onnx_export.read_description(out).metadata["exporter"] == "torch.export"
+    counts, masks = [], []
+    for name, model in (("torch", path), ("onnx", out)):
+        common = ["-c", str(model), "--backend", "torch" if name == "torch" else "auto", "--cpu"]
+        predict.main([*common, "-i", str(split / "images"), "-o", str(tmp_path / name)])
+        folder = tmp_path / f"{name}_val"
+        validate.main([*common, "-d", str(split), "-o", str(folder), "-log", str(tmp_path / "logs")])
+        summary = json.loads(next(folder.glob("**/*.json")).read_text())
+        counts.append({key: summary[key] for key in ("iou", "dice", "precision", "recall")})
+        masks.append([read_mask(file) for file in sorted((tmp_path / name).glob("**/*.png"))])
+    assert counts[0] == counts[1] and 0 < counts[0]["iou"] < 1
+    for left, right in zip(*masks, strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def test_the_report_holds_every_variant(tmp_path, capsys, monkeypatch):
+    import quantisation
+
+    monkeypatch.setattr(quantisation, "compare_speed", lambda *_, **__: (1.0, 0.5))
+    path, _, _ = network_of(tmp_path, classes=4)
+    split = write_split(tmp_path / "val")
+    for file in (split / "gt").iterdir():
+        cv2.imwrite(str(file), read_mask(file) * 20)
+    words = ["-c", path, "-o", tmp_path / "net.onnx", "-ds", split, "--torchscript", "--quantize", "int8-dynamic"]
+    export_onnx.main([str(word) for word in [*words, "--max-iou-drop", 1]])
+    text = capsys.readouterr().out
+    report = json.loads((tmp_path / "report.json").read_text())
+    rows = report["exports"]
+    assert report["environment"]["torch"] and [row["variant"] for row in rows] == [
+        *("torch", "onnx", "torchscript", "int8-dynamic"),
+    ]
+    for row in rows:
+        assert row["bytes"] == (tmp_path / row["file"]).stat().st_size > 1000
+        assert row["calls"] == 20 and row["seconds"] > 0 and row["threads"] >= 1 and row["input"] == [1, 3, 64, 64]
+        assert 0 <= row["iou"] <= 1 and row["tiles"] == 2 and row["metadata"]["opset"] == "18"
+        assert (row["proof"] is None) == (row["variant"] in ("torch", "int8-dynamic"))
+        line = next(line for line in text.splitlines() if f" {row['variant']} " in line and f"{row['iou']:.4f}" in line)
+        assert f"{row['bytes'] / 1e6:.2f}" in line and f"{1000 * row['seconds']:.1f}" in line
+    assert rows[0]["iou"] == pytest.approx(rows[1]["iou"], abs=1e-4) == pytest.approx(rows[2]["iou"], abs=1e-4)
+    assert rows[1]["proof"]["agreement"] >= 0.9999 and rows[3]["proof"] is None
+
+
 def test_metadata_say_what_the_file_holds(tmp_path):
     path, config, _ = network_of(tmp_path)
     out = tmp_path / "net.onnx"
