@@ -9,6 +9,7 @@ Example:
     image, mask = augmentation.local(image, mask, seed=1)
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -158,7 +159,8 @@ class Augmentation:
             raise ValueError(f"value_range is {value_range}, expected two finite numbers, the first the smaller")
         self.preset, self.rgb, self.ignore_holes = preset, rgb, ignore_holes
         self.low, self.high = low, high
-        self.moves, self.changes = GEOMETRIC[preset], LOCAL[preset]
+        self.moves: tuple[Chance, ...] = GEOMETRIC[preset]
+        self.changes: tuple[Chance, ...] = LOCAL[preset]
 
     def geometric(self, image: np.ndarray, mask: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Flip, turn and warp an image and its mask together.
@@ -206,6 +208,18 @@ class Augmentation:
         low, span = self._sample_range(image)
         changed, mask = self._change((image.astype(np.float32) - low) / span, mask, rng)
         return _to_dtype(changed * span + low, image.dtype), mask
+
+    def single_steps(self, channels: int) -> list[tuple[str, "Augmentation"]]:
+        """Each step that images of so many channels get, by its name: an augmentation that always does it alone."""
+        steps = []
+        for moves, chances in ((True, self.moves), (False, self.changes)):
+            for step in (step for chance in chances for step in chance.steps):
+                if moves or step.channels(channels, rgb=self.rgb):
+                    other, only = copy.copy(self), (Chance(1, (step,)),)
+                    other.moves, other.changes = (only, ()) if moves else ((), only)
+                    run = step if moves else step.run
+                    steps.append((getattr(run, "func", run).__name__, other))
+        return steps
 
     def _change(self, image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Draw and apply the changes to an image of 8 bit or of floats from 0 to 1."""

@@ -3,9 +3,10 @@
 Randomness of a sample is a function of seed, epoch and position, so worker processes do not matter.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -156,11 +157,20 @@ def load_pair(
 
 @dataclass(frozen=True)
 class Slot:
-    """One training sample of an epoch: which image, the seed of its randomness, the class its crop must hold."""
+    """One training sample of an epoch: which image, the seed of its randomness, the class its crop must hold.
+
+    draw: other numbers augment the same crop anew.
+    """
 
     image: int
     seed: int
     wanted: int | None = None
+    draw: int = 0
+
+    @property
+    def augmented(self) -> int:
+        """The seed of what is done to the crop."""
+        return self.seed + self.draw
 
 
 class EpochSampler(Sampler[tuple[Slot, ...]]):
@@ -284,6 +294,13 @@ class TrainingSet(Dataset[list[tuple[str, np.ndarray, np.ndarray]]]):
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def varied(self, augmentation: "Augmentation", *, mixed: bool) -> "TrainingSet":
+        """The same set with another augmentation, and mixed with every sample or not at all."""
+        other = copy.copy(self)
+        other.augmentation = augmentation
+        other.mixing = replace(self.mixing, probability=1) if self.mixing and mixed else None
+        return other
+
     def __getitem__(self, slots: tuple[Slot, ...]) -> list[tuple[str, np.ndarray, np.ndarray]]:
         """Samples (name, tensor (C, H, W) float32, mask (H, W) uint8), one for each slot."""
         own, samples = slots[0].image, []
@@ -297,10 +314,10 @@ class TrainingSet(Dataset[list[tuple[str, np.ndarray, np.ndarray]]]):
         for slot in slots:
             part = sources[own](slot)
             if self.mixing is not None:
-                mixed = self.mixing.mix(part, own, (slot.seed, slots[0].seed), take)
+                mixed = self.mixing.mix(part, own, (slot.augmented, slots[0].augmented), take)
                 if slot.wanted is None or (mixed[1] == slot.wanted).any():
                     part = mixed
-            pixels, indices = self.augmentation.local(*part, slot.seed + 1)
+            pixels, indices = self.augmentation.local(*part, slot.augmented + 1)
             samples.append((name, normalise(pixels, self.config.mean, self.config.std), indices))
         return samples
 
@@ -320,7 +337,7 @@ class TrainingSet(Dataset[list[tuple[str, np.ndarray, np.ndarray]]]):
         if factor >= SHRUNK_FIRST and self.augmentation.moves:  # elastic of some pixels would be lost, and slow
             smaller = (round(mask.shape[0] / factor), round(mask.shape[1] / factor))
             image, mask = resize_image(image, smaller), resize_mask(mask, smaller)
-        image, mask = self.augmentation.geometric(image, mask, slot.seed)
+        image, mask = self.augmentation.geometric(image, mask, slot.augmented)
         return resize_image(image, size), resize_mask(mask, size)
 
     def _crop(self, image: np.ndarray, mask: np.ndarray, slot: Slot) -> tuple[np.ndarray, np.ndarray]:
@@ -352,7 +369,7 @@ class TrainingSet(Dataset[list[tuple[str, np.ndarray, np.ndarray]]]):
     ) -> tuple[np.ndarray, np.ndarray]:
         """The middle of a window of twice the size after the geometric augmentations."""
         size, middle = self.config.geometry.size, self._middle()[1]
-        warped = self.augmentation.geometric(*window, slot.seed)
+        warped = self.augmentation.geometric(*window, slot.augmented)
         crop = cut_window(*warped, middle, size)
         if slot.wanted is None or (crop[1] == slot.wanted).any():
             return crop

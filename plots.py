@@ -86,7 +86,12 @@ def to_display(image: np.ndarray, limits: tuple[float, float] | None = None) -> 
     return np.ascontiguousarray(np.broadcast_to(shown.astype(np.uint8), (*shown.shape[:2], 3)))
 
 
-def overlay(image: np.ndarray, mask: np.ndarray, colours: Sequence[Colour | None] | None = None) -> np.ndarray:
+def overlay(
+    image: np.ndarray,
+    mask: np.ndarray,
+    colours: Sequence[Colour | None] | None = None,
+    limits: tuple[float, float] | None = None,
+) -> np.ndarray:
     """Draw classes over an image: translucent fill, outline, and hatching where pixels are ignored.
 
     The outline lies inside the class, with a dark line of one pixel around it: one of the two shows on any picture.
@@ -95,11 +100,12 @@ def overlay(image: np.ndarray, mask: np.ndarray, colours: Sequence[Colour | None
         image: (H, W) or (H, W, C), any type and range.
         mask: (H, W) class indices; 255 is ignored.
         colours: one per class index, None leaves the class bare. Without them class 0 is bare.
+        limits: as for to_display.
 
     Returns:
         (H, W, 3) uint8.
     """
-    shown = to_display(image)
+    shown = to_display(image, limits)
     if colours is None:
         classes = mask[mask != IGNORE_INDEX]
         colours = class_colours(["background", *map(str, range(int(classes.max(initial=0))))])

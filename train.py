@@ -241,13 +241,32 @@ def build_batches(args: argparse.Namespace, data: Data, config: Any, device: str
     """The training images as augmented batches."""
     from augmentations import Augmentation
     from dataset import EpochSampler, TrainingBatches, TrainingSet
+    from mixing import Mixing
 
-    augmentation = Augmentation(args.augmentation, rgb=data.rgb, value_range=data.statistics.value_range)
-    samples = TrainingSet(data.train, data.classes, config, augmentation)
+    augmentation = Augmentation(
+        args.augmentation,
+        rgb=data.rgb,
+        value_range=data.statistics.value_range,
+        ignore_holes=args.ignore_holes,
+    )
+    mixing = Mixing(args.mix, args.mix_share, data.present, together=args.crops > 0) if args.mix else None
+    samples = TrainingSet(data.train, data.classes, config, augmentation, mixing)
     crops, quota = max(1, args.crops), args.foreground_quota if args.crops else 0
     sampler = EpochSampler(data.present, crops=crops, quota=quota, seed=args.seed, slides=samples.slides)
     pin = device.startswith("cuda")
     return TrainingBatches(samples, sampler, batch=args.batch, workers=args.workers, pin=pin)
+
+
+def dump_augmented(batches: Any, run_dir: Path, count: int) -> None:
+    """Write contact sheets of the first samples of the first epoch."""
+    import itertools
+
+    from augmented_sheets import write_sheets
+
+    batches.set_epoch(1)
+    slots = [item[0] for item in itertools.islice(batches.sampler, count)]
+    paths = write_sheets(run_dir / "augmented", batches.loader.dataset, slots)
+    print(f"{len(paths)} sheets of {len(slots)} augmented samples in {run_dir / 'augmented'}")
 
 
 def train(args: argparse.Namespace, data: Data, run_dir: Path, device: str, record: dict[str, Any]) -> None:
@@ -276,6 +295,8 @@ def train(args: argparse.Namespace, data: Data, run_dir: Path, device: str, reco
     )
     write_text(run_dir / "args.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     run.log_flags(record["flags"])
+    if args.dump_augmented:
+        dump_augmented(batches, run_dir, args.dump_augmented)
     val_sets = {name: EvaluationSet(pairs, data.classes, config) for name, pairs in data.val.items()}
     if trainer.is_finished(learner.progress, options):
         early = learner.progress.epoch < args.epochs
@@ -315,7 +336,7 @@ def say_changes(run_dir: Path, flags: dict[str, Any], saved: Any, config: Any, *
     if not named and Path(before["dataset"]).resolve() != Path(flags["dataset"]).resolve():
         raise ValueError(f"{run_dir} holds a run on {before['dataset']}; give this one a name with --exp-name")
     quiet = {"epochs", "workers", "log_dir", "exp_name", "baselines", "cpu", "device", "encoder_weights", "init_from"}
-    quiet |= {"decimal", "worst"}
+    quiet |= {"decimal", "worst", "dump_augmented"}
     for name in sorted(flags.keys() & before.keys() - quiet):
         if flags[name] != before[name]:
             print(f"warning: {name} was {before[name]} when this run began, it goes on with {flags[name]}")

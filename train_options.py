@@ -48,7 +48,27 @@ def add_sample_args(parser: argparse.ArgumentParser) -> None:
         help="share of crops that hold a labelled pixel",
     )
     group.add_argument(
-        "-a", "--augmentation", default="hard", metavar="PRESET", help="safe light medium hard one none vessel"
+        "-a",
+        "--augmentation",
+        default="hard",
+        metavar="PRESET",
+        help="none safe light medium hard one vessel histology aerial",
+    )
+    cli.add_switch(group, "--ignore-holes", help="do not score what augmentation blacks out; else it keeps its class")
+    group.add_argument(
+        "--mix",
+        choices=("mosaic", "cutmix", "copy-paste"),
+        help="make samples of several; copy-paste: paste objects",
+    )
+    group.add_argument(
+        "--mix-share", type=cli.share, default=0.5, metavar="X", help="share of the samples that --mix mixes"
+    )
+    group.add_argument(
+        "--dump-augmented",
+        type=cli.natural,
+        default=0,
+        metavar="N",
+        help="write sheets of N samples to augmented/ in the run folder, one for each step of the preset",
     )
 
 

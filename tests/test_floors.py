@@ -51,7 +51,7 @@ FLOORS = (
     {"slide_windows"},
     {"slide_index"},
     {"dataset", "results", "slide_scan"},
-    {"noisy_labels", "scan", "selfsupervised"},
+    {"augmented_sheets", "noisy_labels", "scan", "selfsupervised"},
     {"normalisation"},
     {"predictor"},
     {"annotation", "slide_scoring"},
