@@ -1,10 +1,18 @@
 """Architectures with encoders of every kind export and agree; what cannot be built or exported says why."""
 
+import numpy as np
 import pytest
+from tiny_runs import blobs, random_network, write_checkpoint, write_split
 
+import export_onnx
 import onnx_export
+import predict
+import validate
 from benchmarks import export as bench
 from benchmarks.export import Case, Outcome, list_cases, try_case
+from checkpoint import Geometry, save_checkpoint
+from export_proof import randomise_statistics, reference
+from image_io import read_mask
 from model import SMP_CLASSES
 
 QUICK = (
@@ -72,3 +80,50 @@ def test_latency_names_all_four_ways_and_the_instructions(older, capsys):
         *("PyTorch", "PyTorch, channels last", "ONNX Runtime", "int8 static"),
     ]
     assert lines[3].split()[2] == "1.00" and lines[5].split()[-2] == "1.00"
+
+
+# ---- files of networks that look at the whole of what they see, through the commands ----
+
+
+def write_pspnet(path, geometry):
+    """A checkpoint whose answers vary on blobs, half of them objects."""
+    path.parent.mkdir(parents=True)
+    changes = {"architecture": "pspnet", "encoder": "tu-mobilenetv3_small_100", "geometry": geometry}
+    config = write_checkpoint(path, stride=8, min_side=8, **changes)
+    network = randomise_statistics(random_network(config, 0).eval(), config).eval()
+    network.segmentation_head[0].bias.data -= float(np.median(reference(network, config, [blobs(64, 64)])))
+    save_checkpoint(path, config, network.state_dict())
+
+
+def all_masks(folder):
+    return [read_mask(path) for path in sorted(folder.glob("**/*.png"))]
+
+
+@pytest.mark.parametrize("kind", ["crops", "resize"])
+@pytest.mark.parametrize("sides", ["free", "fixed because nothing else works"])
+def test_a_file_gives_the_results_of_its_checkpoint(tmp_path, monkeypatch, kind, sides):
+    """Images are no smaller than a tile: a smaller one is padded further for a fixed size, and its means change."""
+    genuine = onnx_export._export_script
+
+    def export(network, config, form):
+        if sides != "free" and not form.size:
+            raise RuntimeError("sides are constants here")
+        return genuine(network, config, form)
+
+    for name in ("_export_program", "_export_script"):
+        monkeypatch.setattr(onnx_export, name, export)
+    path, out = tmp_path / "run" / "run.pth", tmp_path / "out" / "net.onnx"
+    write_pspnet(path, Geometry(kind, (64, 64), 64, 16, 4))
+    split = write_split(tmp_path / "val", size=(70, 150))
+    export_onnx.main(["-c", str(path), "-o", str(out)])
+    metadata = onnx_export.read_description(out).metadata
+    assert metadata.get("size") == (None if sides == "free" else "64x64")
+    assert ("constants here" in metadata.get("fixed_because", "")) == (sides != "free")
+    for model, backend in ((path, "torch"), (out, "auto")):
+        common = ["-c", str(model), "--backend", backend]
+        predict.main([*common, "-i", str(split / "images"), "-o", str(tmp_path / backend / "predict")])
+        folder = tmp_path / backend / "validate"
+        validate.main([*common, "-d", str(split), "-o", str(folder), "-log", str(tmp_path / "logs")])
+    expected, found = all_masks(tmp_path / "torch"), all_masks(tmp_path / "auto")
+    assert len(expected) == len(found) == 4 and all(0.1 < (mask > 0).mean() < 0.9 for mask in expected)
+    assert np.mean([(a == b).mean() for a, b in zip(expected, found, strict=True)]) >= 0.9999
