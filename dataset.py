@@ -42,6 +42,7 @@ BATCH_IMAGES = 4  # images whose crops are mixed with each other
 SHRUNK_FIRST = 2  # times the size of the network, from which on an image is shrunk before it is moved
 WHOLE_SLIDE = "a network that sees whole images resized cannot learn from it; take crops, such as --crops 64"
 SLIDE_SLOTS = 4  # windows of a slide that are read together
+POOL_BYTES = 256 << 20  # of samples that wait to be mixed; where an image has more crops, it is decoded again for them
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -196,6 +197,7 @@ class EpochSampler(Sampler[tuple[Slot, ...]]):
     ) -> None:
         self.present = [tuple(classes) for classes in present]
         self.crops, self.quota, self.seed = crops, quota, seed
+        self.most = crops  # slots of an image that come together
         self.slides = [*slides] or [False] * len(self.present)
         self.labelled = [index for index, classes in enumerate(self.present) if classes]
         self.epoch = 0
@@ -212,7 +214,11 @@ class EpochSampler(Sampler[tuple[Slot, ...]]):
     @property
     def together(self) -> int:
         """Most slots of one image that come together."""
-        return self.crops if not all(self.slides) else min(self.crops, SLIDE_SLOTS)
+        return self.most if not all(self.slides) else min(self.crops, SLIDE_SLOTS)
+
+    def limit(self, sample_bytes: int) -> None:
+        """Let so few slots come together that the samples of BATCH_IMAGES images fit into POOL_BYTES."""
+        self.most = min(self.crops, max(SLIDE_SLOTS, POOL_BYTES // (BATCH_IMAGES * sample_bytes)))
 
     def __iter__(self) -> Iterator[tuple[Slot, ...]]:
         rng = np.random.default_rng([self.seed, self.epoch])
@@ -227,7 +233,7 @@ class EpochSampler(Sampler[tuple[Slot, ...]]):
                     image = int(rng.choice(self.labelled))
                 wanted = int(rng.choice(self.present[image]))
             together.setdefault(image, []).append(Slot(image, seed, wanted))
-        if not any(self.slides):
+        if not any(self.slides) and self.most == self.crops:
             yield from map(tuple, together.values())
             return
         images = [*together]
@@ -237,7 +243,7 @@ class EpochSampler(Sampler[tuple[Slot, ...]]):
 
     def _pieces(self, image: int, slots: Sequence[Slot]) -> list[tuple[Slot, ...]]:
         """The slots of an image as they are read: all together, or of a slide some at a time."""
-        step = SLIDE_SLOTS if self.slides[image] else max(1, len(slots))
+        step = SLIDE_SLOTS if self.slides[image] else self.most if self.most < self.crops else max(1, len(slots))
         return [tuple(slots[start : start + step]) for start in range(0, len(slots), step)]
 
     def _forced(self, images: Sequence[int], rng: np.random.Generator) -> set[int]:
@@ -293,6 +299,11 @@ class TrainingSet(Dataset[list[tuple[str, np.ndarray, np.ndarray]]]):
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+    @property
+    def sample_bytes(self) -> int:
+        """Memory that a sample takes on its way to a batch."""
+        return math.prod(self.config.geometry.size) * (4 * len(self.config.channels) + 1)
 
     def varied(self, augmentation: "Augmentation", *, mixed: bool) -> "TrainingSet":
         """The same set with another augmentation, and mixed with every sample or not at all."""
@@ -443,6 +454,7 @@ class TrainingBatches:
 
     def __init__(self, data: TrainingSet, sampler: EpochSampler, *, batch: int, workers: int, pin: bool) -> None:
         self.sampler, self.batch, self.workers, self.pin = sampler, batch, workers, pin
+        sampler.limit(data.sample_bytes)
         self.loader = DataLoader(
             data,
             sampler=sampler,

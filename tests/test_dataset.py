@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import dataset
 from augmentations import PRESETS, Augmentation
 from checkpoint import Geometry, ModelConfig
 from classes import UNLISTED, ClassMap
@@ -30,6 +31,7 @@ from dataset import (
     load_region,
 )
 from image_io import IGNORE_INDEX, ImageError, write_image, write_mask
+from mixing import Mixing
 from pairing import (
     DatasetError,
     FileOptions,
@@ -458,6 +460,8 @@ def test_slots_are_a_function_of_seed_and_epoch():
 class NumberedSamples:
     """Stands in for a TrainingSet: a sample holds the seed of its slot, and decodes are counted."""
 
+    sample_bytes = 20
+
     def __init__(self):
         self.decodes = Counter()
 
@@ -637,3 +641,36 @@ def test_evaluation_without_masks(tiny_dataset):
     data = TrainingSet(pairs, BINARY, make_config(), Augmentation("none", rgb=True, value_range=(0, 255)))
     with pytest.raises(DatasetError, match=r"b0.png has no mask; expected one of its name in gt/ or masks/"):
         data[(Slot(0, 1),)]
+
+
+@pytest.mark.parametrize(("crops", "most"), [(3, 3), (40, 13), (40, 4)])
+def test_many_crops_of_large_samples_come_in_pieces_that_fit_the_memory(monkeypatch, crops, most):
+    monkeypatch.setattr(dataset, "POOL_BYTES", 4 * 13 * 1000)
+    sampler, whole = (EpochSampler([(1,), (1, 2), ()] * 3, crops=crops, quota=0.4, seed=1) for _ in range(2))
+    sampler.limit(1000 if most == 13 or most == crops else 100_000)
+    pieces = list(sampler)
+    assert sampler.together == most == max(map(len, pieces))
+    assert all(len({slot.image for slot in piece}) == 1 for piece in pieces)
+    key = lambda slot: (slot.image, slot.seed)  # noqa: E731
+    assert sorted((slot for piece in pieces for slot in piece), key=key) == sorted(
+        (slot for piece in whole for slot in piece), key=key
+    )
+    if most < crops:
+        images = [piece[0].image for piece in pieces[: len(pieces) // 3]]
+        assert len(set(images)) == 4 and images != sorted(images, key=images.index), "pieces of images are mixed"
+
+
+def test_started_processes_give_the_samples_of_this_one(tiny_dataset):
+    """Where processes cannot be forked (Windows, macOS) they are started anew and get everything pickled."""
+    pairs, seen = list_pairs(tiny_dataset / "train").pairs, []
+    for workers in (0, 1):
+        mixing = Mixing("cutmix", 0.5, [(1,)] * len(pairs), together=True)
+        data = TrainingSet(pairs, BINARY, make_config(), Augmentation("hard", rgb=True, value_range=(0, 255)), mixing)
+        sampler = EpochSampler([(1,)] * len(pairs), crops=2, quota=0.33, seed=1)
+        batches = TrainingBatches(data, sampler, batch=8, workers=workers, pin=False)
+        if workers:
+            batches.loader.multiprocessing_context = "spawn"
+        seen.append(list(batches))
+    for one, other in zip(*seen, strict=True):
+        assert one.names == other.names
+        assert torch.equal(one.images, other.images) and torch.equal(one.masks, other.masks)

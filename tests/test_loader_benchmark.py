@@ -1,0 +1,38 @@
+"""The benchmark of augmentation and loading runs, and its lists are the library's."""
+
+import numpy as np
+import pytest
+
+from augmentations import PRESETS
+from benchmarks import loader
+
+
+def test_presets_are_timed_beside_the_plain_lists(capsys):
+    loader.main(["presets", "--only", "safe", "medium", "--images", "2", "--size", "64", "--all-formats"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["preset", "format", "ours", "slowest", "plain", "no", "fog", "ratio"]
+    rows = [line.split() for line in lines[2:]]
+    assert [row[:3] for row in rows[:2]] == [["safe", "uint8", "x3"], ["safe", "uint16", "x3"]]
+    assert len(rows) == 2 * 9 and all(float(row[3]) > 0 for row in rows)
+    refused = {tuple(row[:3]) for row in rows if row[5] == "-"}
+    assert ("medium", "uint16", "x3") in refused and ("medium", "uint8", "x3") not in refused
+
+
+def test_files_become_samples_both_ways(capsys):
+    words = ["files", "--only", "safe", "--images", "16", "--size", "32", "--source", "64", "--crops", "2"]
+    loader.main(words)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert len(rows) == 6 and {row[-4] for row in rows} == {"png", "jpg", "tif"}
+    assert all(float(value) > 0 for row in rows for value in row[-3:])
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_has_a_plain_list_that_runs(preset):
+    image, mask = loader.draw(64)
+    assert image.shape == (64, 64, 3) and image.dtype == np.uint8 and set(np.unique(mask)) == {0, 1}
+    changed = 0
+    for seed in range(3):
+        out, labels = loader.plain(preset, 3, fog=False)(image, mask, seed)
+        assert out.shape == image.shape and labels.shape == mask.shape
+        changed += not np.array_equal(out, image)
+    assert changed >= 2 if preset not in ("none", "safe") else True
