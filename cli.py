@@ -75,12 +75,19 @@ def add_switch(group: argparse._ArgumentGroup, *names: str, default: bool = Fals
 
 
 def add_run_args(
-    parser: argparse.ArgumentParser, *, batch: int | None, workers: int = 2, predicts: bool = False
+    parser: argparse.ArgumentParser,
+    *,
+    batch: int | None,
+    workers: int = 2,
+    predicts: bool = False,
+    auto_batch: bool = False,
 ) -> None:
     """Add batch size, loader processes, seed and device; a command that only predicts has nothing random."""
     group = parser.add_argument_group("run")
     size = "tiles at a time; default: the pixels of a training batch" if batch is None else "images or crops at a time"
-    group.add_argument("-b", "--batch", type=positive_int, default=batch, metavar="N", help=size)
+    size += "; auto: 16 on a GPU, halved once where its memory is too small" if auto_batch else ""
+    kind = count_or_auto if auto_batch else positive_int
+    group.add_argument("-b", "--batch", type=kind, default=batch, metavar="N", help=size)
     ahead = "batches that are read ahead; 0 reads in between" if predicts else "loader processes; 0 loads in this one"
     group.add_argument("-w", "--workers", type=natural, default=workers, metavar="N", help=ahead)
     if predicts:
@@ -478,6 +485,11 @@ def _plain(value: Any) -> Any:
 def positive_int(text: str) -> int:
     """Argparse type: a whole number of at least 1."""
     return _number(text, int, 1, None)
+
+
+def count_or_auto(text: str) -> int | str:
+    """Argparse type: a whole number of at least 1, or the word auto."""
+    return text if text == "auto" else positive_int(text)
 
 
 def natural(text: str) -> int:

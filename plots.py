@@ -395,6 +395,51 @@ def _draw_curves(lines: dict[str, list[tuple[int, float]]], label: str, best: in
     return path
 
 
+def rate_curve(
+    rates: Sequence[float],
+    losses: Sequence[float],
+    smoothed: Sequence[float],
+    marks: Mapping[str, float | None],
+    path: Path,
+) -> Path:
+    """Draw the loss over the learning rates that a range test tried.
+
+    Args:
+        losses: of each step. smoothed: their moving average, which the heights of the picture belong to.
+        marks: rates to mark, by what they are; None is left out.
+        path: PNG, written whole or not at all.
+
+    Raises:
+        ValueError: there are no steps.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    if not rates:
+        raise ValueError("no steps to plot: rates are empty")
+    figure = Figure(figsize=(8, 4.5), dpi=110, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.plot(rates, losses, color="0.75", linewidth=1, label="loss of a step")
+    axes.plot(rates, smoothed, color=np.array(PALETTE[4]) / 255, linewidth=1.8, label="smoothed")
+    for index, (name, rate) in enumerate(marks.items()):
+        if rate is not None:
+            colour = np.array(PALETTE[(5, 2)[index % 2]]) / 255
+            axes.axvline(rate, color=colour, linestyle="--", label=f"{name}: {rate:.2g}")
+    low, high = min(smoothed), max(smoothed[: max(1, len(smoothed) - 3)])
+    room = max(high - low, 1e-6) * 0.15
+    axes.set(xscale="log", xlabel="learning rate", ylabel="loss", title="Loss while the learning rate rises")
+    axes.set_ylim(low - room, high + room)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    memory = io.BytesIO()
+    canvas.print_png(memory)
+    with atomic_write(path) as file:
+        file.write(memory.getvalue())
+    return path
+
+
 def time_curves(rows: Sequence[Mapping[str, Any]], title: str, unit: str, path: Path) -> Path:
     """Draw how many objects a video shows over time, and how large they are.
 

@@ -416,13 +416,12 @@ def check_dataset(
     )
     rest = iter(facts)
     parts = [[next(rest) for _ in listing.pairs] for listing in listings]
-    names = unique_names([listing.name for listing in listings[1:]])
+    names = unique_names([(val or train).name, *(listing.name for listing in further)])
     root = train.folder.parent if train.folder.name == "train" else train.folder
-    first = 2 if val else 1
-    checked = Checked(root, names[0] if val else "", parts[0], parts[1] if val else [], slides=slides)
-    checked.further = dict(zip(names[first - 1 :], parts[first:], strict=True))
+    checked = Checked(root, names[0], parts[0], parts[1] if val else [], slides=slides)
+    checked.further = dict(zip(names[1:], parts[2 if val else 1 :], strict=True))
     checked.errors, checked.warnings = find_problems(listings, facts)
-    for part, split in zip(listings, ["training", *["validation"] * len(names)], strict=True):
+    for part, split in zip(listings, ["training", *["validation"] * (len(listings) - 1)], strict=True):
         if not part.has_masks:
             checked.errors.append(f"{part.folder} has no gt/ (or masks/): {split} needs a mask for every image")
         elif not part.pairs:

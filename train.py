@@ -9,12 +9,13 @@ import argparse
 import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import cli
 from train_options import (
+    add_fold_args,
     add_network_args,
     add_optimisation_args,
     add_sample_args,
@@ -26,6 +27,7 @@ from train_options import (
     network_names,
 )
 
+DEFAULT_BATCH, GPU_BATCH = 6, 16  # the second is what `auto` begins with on a GPU
 MAX_STRIDE = 64  # of networks that take any multiple of it; more is the one size that a fixed network takes
 
 
@@ -39,7 +41,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_optimisation_args(parser)
     add_schedule_args(parser)
     add_validation_args(parser)
-    cli.add_run_args(parser, batch=6)
+    add_fold_args(parser)
+    cli.add_run_args(parser, batch=DEFAULT_BATCH, auto_batch=True)
     cli.add_score_args(parser)
     cli.add_log_args(parser)
     return parser
@@ -73,9 +76,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise cli.UsageError("--amp fp16 needs a GPU; use --amp bf16 or no on the cpu")
         print(f"device: {device}")
         run_dir = args.log_dir / (args.exp_name or default_name(args))
+        if args.folds:
+            train_folds(args, argv, run_dir, device)
+            return
         check_run_folder(run_dir)
-        data = prepare_data(args, run_dir)
-        train(args, data, run_dir, device, cli.run_record(args, argv))
+        data = prepare_data(args, run_dir, check_data(args))
+        if args.lr_find:
+            find_rate(args, data, run_dir, device)
+        else:
+            train_in_memory(args, argv, data, run_dir, device)
 
 
 def default_name(args: argparse.Namespace) -> str:
@@ -102,23 +111,34 @@ def check_run_folder(run_dir: Path) -> None:
         )
 
 
-def prepare_data(args: argparse.Namespace, run_dir: Path) -> Data:
-    """Pair, scan and check the files; say what was found; stop on errors."""
+def check_data(args: argparse.Namespace) -> Any:
+    """Pair, scan and check the files; say what was found."""
+    import scan
+
+    checked = scan.check_from_flags(
+        args, args.add_val_dirs, main_val=not args.use_only_add_val, folds=args.folds is not None
+    )
+    for message in checked.warnings:
+        print(f"warning: {message}")
+    return checked
+
+
+def prepare_data(args: argparse.Namespace, run_dir: Path, checked: Any) -> Data:
+    """What a run needs to know of files that were checked; stop on errors."""
     import normalisation
     import scan
     from slide_index import prepare_slides
     from slide_windows import is_slide
 
-    checked = scan.check_from_flags(args, args.add_val_dirs, main_val=not args.use_only_add_val)
-    for message in checked.warnings:
-        print(f"warning: {message}")
     classes = checked.raise_errors()
     scored = [item for part in checked.val_sets.values() for item in part]
     pairs = [item.pair for item in (*checked.train, *scored) if is_slide(item.pair, checked.slides)]
     if pairs and not args.crops:
         raise cli.UsageError(f"{pairs[0].image} is a slide, which networks see in windows: give --crops N")
     slides = [item.pair for item in checked.train if item.pair in pairs]
-    statistics = normalisation.load_or_compute_statistics(checked.root, run_dir, checked.train, args.preprocess)
+    given = (checked.root / normalisation.STATISTICS_FILE).is_file()
+    place = run_dir if args.folds and not given else checked.root  # those of one fold are not those of the data set
+    statistics = normalisation.load_or_compute_statistics(place, run_dir, checked.train, args.preprocess)
     print(f"{len(checked.train)} training and {len(scored)} validation images; {'; '.join(checked.notes)}")
     print(f"classes: {', '.join(classes.names)}; statistics: {statistics.source}")
     for message in prepare_slides(slides, checked.slides, classes):
@@ -305,6 +325,143 @@ def train(args: argparse.Namespace, data: Data, run_dir: Path, device: str, reco
         print("to train on: a larger --epochs; to train anew: another --exp-name")
     trainer.fit(learner, config, batches, val_sets, loss, options, run, print)
     finish(args, run, val_sets, learner, device)
+
+
+def train_in_memory(
+    args: argparse.Namespace, argv: Sequence[str] | None, data: Data, run_dir: Path, device: str
+) -> None:
+    """Train; with `--batch auto` once more with half of the batch where the device has no memory for all of it."""
+    from trainer import MemoryExhausted
+
+    automatic = args.batch == "auto"
+    if automatic:
+        args.batch = automatic_batch(run_dir, device)
+        print(f"batch: {args.batch}")
+    try:
+        train(args, data, run_dir, device, cli.run_record(args, argv))
+        return
+    except MemoryExhausted:
+        if not automatic or args.batch == 1:
+            raise
+    free_memory()
+    print(f"the device has no memory for a batch of {args.batch}: going on with {args.batch // 2}")
+    args.batch //= 2
+    train(args, data, run_dir, device, cli.run_record(args, argv))
+
+
+def automatic_batch(run_dir: Path, device: str) -> int:
+    """The batch that a run was begun with, else what is tried first."""
+    path = run_dir / "args.json"
+    if path.is_file() and (run_dir / "last_checkpoint").is_file():
+        return int(json.loads(path.read_text(encoding="utf-8"))["flags"]["batch"])
+    return GPU_BATCH if device.startswith("cuda") else DEFAULT_BATCH
+
+
+def free_memory() -> None:
+    """Give back what a run that has ended held of the device."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def find_rate(args: argparse.Namespace, data: Data, run_dir: Path, device: str) -> None:
+    """Try learning rates on a copy of the network, draw the loss over them, say which to take; train nothing."""
+    import lr_finder
+    import plots
+    from image_io import write_text
+
+    if args.batch == "auto":
+        args.batch = automatic_batch(run_dir, device)
+    network, config = build_network(args, data, fresh=True)
+    loss, batches = build_training_loss(args, config, data.pixels), build_batches(args, data, config, device)
+    result = lr_finder.find_rate(
+        network, batches, loss, fit_options(args), config.num_logits, device=device, steps=args.lr_find
+    )
+    if not result.rates:
+        raise ValueError(
+            "the loss is not finite from the first step on; look at --loss and at the values of the images"
+        )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    marks = {"steepest fall": result.steepest, "a tenth of the lowest": result.suggestion}
+    path = plots.rate_curve(result.rates, result.losses, result.smoothed, marks, run_dir / "lr_find.png")
+    write_text(run_dir / "lr_find.json", json.dumps(asdict(result)) + "\n")
+    print(f"{len(result.rates)} steps, rates from {result.rates[0]:.1e} to {result.rates[-1]:.1e}: {path}")
+    if result.suggestion is None or result.steepest is None:
+        print("the loss did not fall at any rate: no suggestion. More steps (--lr-find 300) or a larger batch may help")
+    else:
+        print(f"the loss falls fastest at {result.steepest:.1e} and is lowest at {10 * result.suggestion:.1e}")
+        print(f"suggested: -lr {result.suggestion:.1g}")
+
+
+def train_folds(args: argparse.Namespace, argv: Sequence[str] | None, run_dir: Path, device: str) -> None:
+    """Train the folds that were asked for, each in a run folder of its own; after all of them score them together."""
+    import folds
+
+    checked = check_data(args)
+    classes, home = checked.raise_errors(), run_dir.with_name(f"{run_dir.name}_folds")
+    held = folds.load_or_choose_folds(home / folds.FOLDS_FILE, checked.train, classes, args.group_pattern, args.folds)
+    chosen = range(args.folds) if args.fold == "all" else [int(args.fold)]
+    for fold in chosen:
+        own, fold_dir = argparse.Namespace(**vars(args)), run_dir.with_name(folds.fold_name(run_dir.name, fold))
+        own.fold = str(fold)
+        print(f"\nfold {fold}: {fold_dir}")
+        check_run_folder(fold_dir)
+        data = prepare_data(own, fold_dir, folds.hold_out(checked, held, fold))
+        write_held_out(fold_dir, data)
+        if args.lr_find:
+            find_rate(own, data, fold_dir, device)
+            continue
+        train_in_memory(own, argv, data, fold_dir, device)
+        free_memory()
+    if args.fold == "all" and not args.lr_find:
+        pool_folds(args, checked, held, run_dir, home, device)
+    elif not args.lr_find:
+        print("scores of all folds together: the same command with --fold all, when every fold is trained")
+
+
+def write_held_out(fold_dir: Path, data: Data) -> None:
+    """Names of the images that a fold is scored on, as --ids of validate.py takes them."""
+    from image_io import write_text
+
+    names = [pair.name for pair in next(iter(data.val.values()))]
+    write_text(fold_dir / "held_out.csv", "\n".join(["id", *(f'"{name}"' for name in names)]) + "\n")
+
+
+def pool_folds(
+    args: argparse.Namespace, checked: Any, held: dict[str, int], run_dir: Path, home: Path, device: str
+) -> None:
+    """Score the best network of each fold on what it was never shown, and the counts of all of them together."""
+    import folds
+    import metrics
+    from backends import load_forward
+    from checkpoint import load_checkpoint
+    from classes import ClassMap
+    from dataset import EvaluationSet
+    from evaluation import build_scorer, score_set
+    from image_io import write_text
+
+    rows, pooled = [], None
+    for fold in range(args.folds):
+        name = folds.fold_name(run_dir.name, fold)
+        path = run_dir.with_name(name) / f"{name}.pth"
+        config, forward, _ = load_forward(path, device)
+        pairs = [item.pair for item in checked.train if held[item.pair.name] == fold]
+        data = EvaluationSet(pairs, ClassMap.from_config(config), config)
+        result = score_set(forward, data, workers=args.workers, empty=args.empty, description=f"fold {fold}")
+        pooled = pooled or build_scorer(config, empty=args.empty)
+        if result.scorer:
+            pooled.merge(result.scorer)
+        scores = {key: result.summary[key] for key in ("iou", "dice")}
+        rows.append({"fold": name, "images": len(pairs), "epoch": load_checkpoint(path)[1]["epoch"], **scores})
+    assert pooled is not None, "there are two folds at least"
+    content = folds.pool_rows(rows, pooled.summary())
+    write_text(home / folds.POOLED_FILE, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    print(f"\nevery image scored by the network that was not shown it, {home / folds.POOLED_FILE}")
+    print(folds.pool_table(content))
+    print(metrics.score_table(content["pooled"]))
 
 
 def say_optimisation(learner: Any, args: argparse.Namespace) -> None:

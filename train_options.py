@@ -23,7 +23,7 @@ def add_network_args(parser: argparse.ArgumentParser) -> None:
         "--init",
         choices=("network", "kaiming", "xavier"),
         default="network",
-        help="random start of decoder and head, where no weights are loaded; network: as its authors have it",
+        help="random start of the decoder where no weights are loaded; network: as its authors have it",
     )
 
 
@@ -149,6 +149,14 @@ def add_schedule_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--poly-power", type=cli.positive_float, default=0.9, metavar="X", help="bend of poly; 1: line")
     group.add_argument("--step-every", type=cli.positive_int, default=10, metavar="N", help="epochs of a step")
     group.add_argument("--step-factor", type=cli.share, default=0.1, metavar="X", help="what step multiplies by")
+    group.add_argument(
+        "--lr-find",
+        type=cli.positive_int,
+        nargs="?",
+        const=100,
+        metavar="N",
+        help="only look for -lr: N steps (100) with rising rates, a plot in the run folder, nothing is trained",
+    )
 
 
 def add_validation_args(parser: argparse.ArgumentParser) -> None:
@@ -166,6 +174,25 @@ def add_validation_args(parser: argparse.ArgumentParser) -> None:
         "--adv-freq", type=cli.positive_int, default=1, metavar="N", help="score them every N epochs and in the last"
     )
     cli.add_switch(group, "--use-only-add-val", help="no main set: their mean, weighted by numbers of images, decides")
+
+
+def add_fold_args(parser: argparse.ArgumentParser) -> None:
+    """Add the flags about cross-validation."""
+    group = parser.add_argument_group("folds")
+    group.add_argument(
+        "--folds",
+        type=cli.positive_int,
+        metavar="K",
+        help="cross-validation: hold each K-th part of the training images out once, by --group-pattern",
+    )
+    group.add_argument(
+        "--fold", type=fold_number, default="all", metavar="K", help="train this one alone, counted from 0, or all"
+    )
+
+
+def fold_number(text: str) -> str:
+    """Argparse type: a whole number of at least 0, or the word all."""
+    return text if text == "all" else str(cli.natural(text))
 
 
 def network_names(args: argparse.Namespace) -> tuple[str, str]:
@@ -199,6 +226,8 @@ def check_flags(args: argparse.Namespace) -> None:
         if factor >= 1:
             raise cli.UsageError(f"{flag} {factor:g} does not lower anything; expected less than 1")
     check_validation_flags(args)
+    check_fold_flags(args)
+    check_search_flags(args)
     for flag, path in (("--init-from", args.init_from), ("--encoder-weights", weights_file(args))):
         if path and not path.is_file():
             raise cli.UsageError(f"{flag} {path}: no such file")
@@ -229,6 +258,42 @@ def check_validation_flags(args: argparse.Namespace) -> None:
             f"--early-stop {args.early_stop} would end the run between two scorings, which --adv-freq {args.adv_freq} "
             f"sets apart; give --early-stop {args.adv_freq} or more"
         )
+
+
+def check_fold_flags(args: argparse.Namespace) -> None:
+    """Refuse folds that cannot be, and a validation set beside them.
+
+    Raises:
+        cli.UsageError: names the flags.
+    """
+    if args.folds is None:
+        if args.fold != "all":
+            raise cli.UsageError(f"--fold {args.fold} of how many? Give --folds K too")
+        return
+    if args.folds < 2:
+        raise cli.UsageError(f"--folds {args.folds} leaves nothing to train on; expected 2 or more")
+    if args.fold != "all" and int(args.fold) >= args.folds:
+        raise cli.UsageError(f"--fold {args.fold}: {args.folds} folds are counted from 0 to {args.folds - 1}")
+    others = {"--val-dir": args.val_dir, "--val-ids": args.val_ids, "--use-only-add-val": args.use_only_add_val}
+    for flag, given in others.items():
+        if given:
+            raise cli.UsageError(f"{flag} and --folds: each fold is validated on what it holds out; leave one away")
+
+
+def check_search_flags(args: argparse.Namespace) -> None:
+    """Refuse a search for the learning rate that would find none.
+
+    Raises:
+        cli.UsageError: names the flags.
+    """
+    if args.lr_find is None:
+        return
+    if args.lr_find < 10:
+        raise cli.UsageError(f"--lr-find {args.lr_find}: expected 10 steps or more, such as 100")
+    if args.optim.lower() == "rprop":
+        raise cli.UsageError("--lr-find has no use for Rprop, which chooses the size of its steps itself")
+    if args.folds and args.fold == "all":
+        raise cli.UsageError("--lr-find looks at one training; give --fold 0 too")
 
 
 def weights_file(args: argparse.Namespace) -> Path | None:

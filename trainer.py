@@ -28,6 +28,10 @@ class TrainingStopped(RuntimeError):
     """Training cannot go on; the message says at which step, with which learning rate and files."""
 
 
+class MemoryExhausted(TrainingStopped):
+    """A step needs more memory than the device has; the message says for which batch."""
+
+
 def train_one_epoch(
     learner: Learner, batches: Iterable[Batch], loss: LossFunction, options: FitOptions, num_logits: int
 ) -> dict[str, Any]:
@@ -43,7 +47,7 @@ def train_one_epoch(
     watch = _LossWatch(every=1 if device.type == "cpu" else 20)
     position = learner.progress.epoch * learner.schedule.steps  # of the schedule, right on resume with another batch
     learner.start_training(freeze_encoder=learner.progress.epoch < options.freeze_encoder)
-    groups = _groups(batches, options.accumulate)
+    groups = groups_of(batches, options.accumulate)
     with tqdm(total=len(batches), desc=f"epoch {learner.progress.epoch + 1}", leave=False, disable=None) as bar:  # type: ignore[arg-type]
 
         def note(value: Tensor, batch: Batch) -> None:
@@ -84,12 +88,15 @@ def train_step(
         note: is given the loss of each batch after its backward pass, and the batch.
     """
     whole = sum(len(batch.names) for batch in group)
-    for batch in group:
-        note(_backward(learner, batch, loss, counts, len(batch.names) / whole, batch is group[-1], options), batch)
-    _update(learner, options)
+    try:
+        for batch in group:
+            note(_backward(learner, batch, loss, counts, len(batch.names) / whole, batch is group[-1], options), batch)
+        _update(learner, options)
+    except torch.cuda.OutOfMemoryError as error:
+        raise MemoryExhausted(out_of_memory(tuple(group[0].images.shape))) from error
 
 
-def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+def groups_of(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
     """Batches that share one optimiser step; the last group may be smaller."""
     group: list[Batch] = []
     for batch in batches:
@@ -107,17 +114,14 @@ def _backward(
     """Forward and backward of one batch, which makes up `share` of the samples of its step."""
     accelerator, device = learner.accelerator, learner.accelerator.device
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
-    try:
-        images = batch.images.to(device, non_blocking=True, memory_format=layout)
-        masks = batch.masks.to(device, non_blocking=True).long()
-        with nullcontext() if last else accelerator.no_sync(learner.model):
-            with accelerator.autocast():
-                logits = learner.model(images)
-            value = loss(logits.float(), masks)
-            accelerator.backward(value * share)
-        add_counts(counts, logits.detach(), masks)
-    except torch.cuda.OutOfMemoryError as error:
-        raise TrainingStopped(out_of_memory(tuple(batch.images.shape))) from error
+    images = batch.images.to(device, non_blocking=True, memory_format=layout)
+    masks = batch.masks.to(device, non_blocking=True).long()
+    with nullcontext() if last else accelerator.no_sync(learner.model):
+        with accelerator.autocast():
+            logits = learner.model(images)
+        value = loss(logits.float(), masks)
+        accelerator.backward(value * share)
+    add_counts(counts, logits.detach(), masks)
     return value.detach()
 
 
@@ -203,7 +207,8 @@ def fit(
         report: takes one line for each epoch.
 
     Raises:
-        TrainingStopped: the loss is not finite, or the device is out of memory.
+        TrainingStopped: the loss is not finite.
+        MemoryExhausted: the device is out of memory.
         OSError: a checkpoint could not be written; the previous one is whole.
     """
     forward = torch_forward(learner.network, str(learner.accelerator.device))

@@ -61,7 +61,8 @@ def test_a_flag_means_the_same_in_every_command():
     for name in [*COMMANDS, "dataset_utils.check"]:
         for action in importlib.import_module(name).build_parser()._actions:
             words = "" if action.dest in OWN_WORDS else action.help
-            meaning = (action.option_strings, action.type, action.choices, action.nargs, words)
+            kind = cli.positive_int if action.type is cli.count_or_auto else action.type  # auto is of training alone
+            meaning = (action.option_strings, kind, action.choices, action.nargs, words)
             assert seen.setdefault(action.dest, meaning) == meaning, f"{name} redefines {action.option_strings}"
 
 
@@ -126,6 +127,16 @@ def test_version_names_commit_and_libraries(capsys):
         (["--freeze-encoder", "-1"], ["--freeze-encoder", "out of range"]),
         (["--label-smoothing", "0.1"], ["loss 'DiceLoss' does not use --label-smoothing"]),
         (["--label-smoothing", "1", "--loss", "ce"], ["label smoothing is 1", "less than 1"]),
+        (["--lr-find", "5"], ["--lr-find 5", "10 steps or more"]),
+        (["--lr-find", "--optim", "Rprop"], ["--lr-find has no use for Rprop"]),
+        (["--lr-find", "--folds", "3"], ["--lr-find looks at one training", "--fold 0"]),
+        (["--folds", "1"], ["--folds 1 leaves nothing to train on", "2 or more"]),
+        (["--folds", "3", "--fold", "3"], ["--fold 3", "from 0 to 2"]),
+        (["--folds", "3", "--fold", "some"], ["--fold", "'some' is not a whole number"]),
+        (["--fold", "0"], ["--fold 0 of how many", "--folds K"]),
+        (["--folds", "3", "-val", "y"], ["--val-dir and --folds"]),
+        (["--folds", "3", "--use-only-add-val", "--add-val-dirs", "x"], ["--use-only-add-val and --folds"]),
+        (["-b", "0"], ["--batch", "out of range"]),
         (["--use-only-add-val"], ["--use-only-add-val leaves no validation set", "--add-val-dirs"]),
         (["--use-only-add-val", "--add-val-dirs", "x", "-val", "y"], ["--val-dir names a main", "leave one out"]),
         (
