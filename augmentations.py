@@ -162,7 +162,9 @@ class Augmentation:
         self.moves: tuple[Chance, ...] = GEOMETRIC[preset]
         self.changes: tuple[Chance, ...] = LOCAL[preset]
 
-    def geometric(self, image: np.ndarray, mask: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    def geometric(
+        self, image: np.ndarray, mask: np.ndarray, seed: int, part: warp.Part | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Flip, turn and warp an image and its mask together.
 
         Args:
@@ -170,9 +172,10 @@ class Augmentation:
                 the shape stays.
             mask: (H, W) uint8 class index, 255 = ignore.
             seed: any integer >= 0; the same seed repeats the result.
+            part: first row and column, height and width of the only part of the result that is wanted.
 
         Returns:
-            Image and mask of the same shapes and dtypes; the inputs are left as they were.
+            Image and mask of the same shapes, or those of the part, and dtypes; the inputs are left as they were.
 
         Raises:
             ValueError: shapes or dtypes other than those above.
@@ -183,7 +186,7 @@ class Augmentation:
         moves = [
             step(mask.shape, rng) for chance in self.moves for step in _draw(chance.probability, chance.steps, rng)
         ]
-        return warp.move(image, mask, moves) if moves else (image, mask)
+        return warp.move(image, mask, moves, part) if moves or part else (image, mask)
 
     def local(self, image: np.ndarray, mask: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Change values: colour, contrast, noise, blur, haze, holes, shuffled cells (which move the mask too).

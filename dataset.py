@@ -380,10 +380,10 @@ class TrainingSet(Dataset[list[tuple[str, np.ndarray, np.ndarray]]]):
     ) -> tuple[np.ndarray, np.ndarray]:
         """The middle of a window of twice the size after the geometric augmentations."""
         size, middle = self.config.geometry.size, self._middle()[1]
-        warped = self.augmentation.geometric(*window, slot.augmented)
-        crop = cut_window(*warped, middle, size)
+        crop = self.augmentation.geometric(*window, slot.augmented, (*middle, *size))
         if slot.wanted is None or (crop[1] == slot.wanted).any():
             return crop
+        warped = self.augmentation.geometric(*window, slot.augmented)
         if (warped[1] == slot.wanted).any():  # the object was moved out of the middle: follow it
             return cut_window(*warped, crop_corner(warped[1], size, slot.wanted, rng), size)
         return cut_window(*window, middle, size)  # a tiny object fell between the pixels of the deformed mask
@@ -416,20 +416,42 @@ def cut_window(
         corner: (row, column) of the window's first pixel, may lie outside the image.
         size: (height, width) of the window.
     """
-    (top, left), (height, width) = corner, size
-    rows, columns = np.arange(top, top + height), np.arange(left, left + width)
-    inside = 0 <= top and 0 <= left and top + height <= image.shape[0] and left + width <= image.shape[1]
-    if inside:
-        return image[top : top + height, left : left + width], mask[top : top + height, left : left + width]
-    window = image[_reflected(rows, image.shape[0])][:, _reflected(columns, image.shape[1])]
-    indices = np.full(size, IGNORE_INDEX, np.uint8)
-    keep_rows = (rows >= 0) & (rows < mask.shape[0])
-    keep_columns = (columns >= 0) & (columns < mask.shape[1])
-    if keep_rows.any() and keep_columns.any():
-        part = mask[rows[keep_rows]][:, columns[keep_columns]]
-        first_row, first_column = int(keep_rows.argmax()), int(keep_columns.argmax())
-        indices[first_row : first_row + part.shape[0], first_column : first_column + part.shape[1]] = part
-    return window, indices
+    spans = [_span(*axis) for axis in zip(corner, size, mask.shape, strict=True)]
+    if None in spans:
+        return _cut_far(image, mask, corner, size)
+    (rows, above, below, top), (columns, before, behind, left) = filter(None, spans)
+    image, mask = image[rows, columns], mask[rows, columns]
+    if above or below or before or behind:
+        border, shape = (above, below, before, behind), image.shape
+        image = cv2.copyMakeBorder(image, *border, cv2.BORDER_REFLECT_101).reshape(
+            -1, shape[1] + before + behind, shape[2]
+        )
+        mask = cv2.copyMakeBorder(mask, *border, cv2.BORDER_CONSTANT, value=IGNORE_INDEX)
+    cut = slice(top, top + size[0]), slice(left, left + size[1])
+    return image[cut], mask[cut]
+
+
+def _span(first: int, length: int, side: int) -> tuple[slice, int, int, int] | None:
+    """How a window lies on one axis of an image: what it needs of it, pixels to reflect at both ends, its first of all.
+
+    None: it reaches so far that what is reflected is reflected again.
+    """
+    before, after = max(0, -first), max(0, first + length - side)
+    if before >= side or after >= side:
+        return None
+    low, high = min(first, side - 1 - after), max(first + length, before + 1)
+    used = slice(max(0, low), min(side, high))
+    return used, before, after, first + before - used.start
+
+
+def _cut_far(
+    image: np.ndarray, mask: np.ndarray, corner: tuple[int, int], size: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """As cut_window, of any window."""
+    rows, columns = (np.arange(first, first + length) for first, length in zip(corner, size, strict=True))
+    places = np.ix_(_reflected(rows, mask.shape[0]), _reflected(columns, mask.shape[1]))
+    outside = (rows < 0)[:, None] | (rows >= mask.shape[0])[:, None] | (columns < 0) | (columns >= mask.shape[1])
+    return image[places], np.where(outside, np.uint8(IGNORE_INDEX), mask[places])
 
 
 def _reflected(places: np.ndarray, length: int) -> np.ndarray:

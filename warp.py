@@ -16,6 +16,7 @@ from image_io import IGNORE_INDEX
 
 Size = tuple[int, int]
 Limits = tuple[float, float]
+Part = tuple[int, int, int, int]
 
 
 class Shift(NamedTuple):
@@ -63,11 +64,11 @@ def elastic(size: Size, rng: np.random.Generator, *, spacing: float = 64, streng
     At the defaults 6 pixels of shift do not fold and thin lines stay lines.
     """
     height, width = size
-    coarse = rng.uniform(-1, 1, (max(2, round(height / spacing)) + 1, max(2, round(width / spacing)) + 1, 2))
-    field = cv2.resize(coarse.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC)  # (H, W, 2)
-    spread = float(cv2.norm(field)) / math.sqrt(height * width)
-    right, down = cv2.split(field * np.float32(rng.uniform(*strength) / spread))
-    return Shift(right, down)
+    coarse = rng.uniform(-1, 1, (2, max(2, round(height / spacing)) + 1, max(2, round(width / spacing)) + 1))
+    right, down = (cv2.resize(field, (width, height), interpolation=cv2.INTER_CUBIC) for field in coarse.astype("f4"))
+    spread = math.hypot(cv2.norm(right), cv2.norm(down)) / math.sqrt(height * width)
+    factor = np.float32(rng.uniform(*strength) / spread)
+    return Shift(right * factor, down * factor)
 
 
 def bend(size: Size, rng: np.random.Generator) -> Shift:
@@ -99,11 +100,16 @@ def optical_distortion(size: Size, rng: np.random.Generator, *, limit: float = 0
 # Moving pixels
 
 
-def move(image: np.ndarray, mask: np.ndarray, moves: Sequence[np.ndarray | Shift]) -> tuple[np.ndarray, np.ndarray]:
+def move(
+    image: np.ndarray, mask: np.ndarray, moves: Sequence[np.ndarray | Shift], part: Part | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Apply moves, the first one first, to an image (H, W, C) and its mask (H, W) uint8.
 
     What comes from outside the picture is its reflection, and 255 (ignore) in the mask. The mask takes the nearest
     pixel, so there is no class that was not there. Turns alone only reorder pixels.
+
+    Args:
+        part: first row and column, height and width of the part of the result that is wanted; None: all of it.
     """
     matrix = np.eye(3)
     for step in moves:
@@ -111,12 +117,13 @@ def move(image: np.ndarray, mask: np.ndarray, moves: Sequence[np.ndarray | Shift
     shifts = [step for step in moves if isinstance(step, Shift)]
     turned = abs(matrix[:2, :2]).tolist()
     if not shifts and not matrix[:2, 2].any() and turned in ([[1, 0], [0, 1]], [[0, 1], [1, 0]]):
-        return _turn(image, matrix), _turn(mask, matrix)
-    places = source_places(mask.shape, matrix, shifts)
-    parts = [cv2.remap(part, *places, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101) for part in _groups(image)]
+        box = _turned_box(mask.shape, matrix, part)
+        return _turn(image[box], matrix), _turn(mask[box], matrix)
+    places = source_places(mask.shape, matrix, shifts, part)
+    parts = [cv2.remap(group, *places, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101) for group in _groups(image)]
     moved = parts[0] if len(parts) == 1 else cv2.merge(parts)
     indices = cv2.remap(mask, *places, cv2.INTER_NEAREST, borderMode=cv2.BORDER_CONSTANT, borderValue=IGNORE_INDEX)
-    return moved.reshape(image.shape), indices
+    return moved.reshape(*indices.shape, -1), indices
 
 
 def _groups(image: np.ndarray) -> list[np.ndarray]:
@@ -129,18 +136,20 @@ def _groups(image: np.ndarray) -> list[np.ndarray]:
     return [np.ascontiguousarray(group) for group in groups]
 
 
-def source_places(size: Size, matrix: np.ndarray, shifts: Sequence[Shift]) -> tuple[np.ndarray, np.ndarray]:
+def source_places(
+    size: Size, matrix: np.ndarray, shifts: Sequence[Shift], part: Part | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Where each pixel of the result comes from: columns and rows of the source, (H, W) float32 each."""
+    top, left, height, width = part or (0, 0, *size)
     down, right = _from_middle(size)
-    rows = [_weigh(right, down, row) for row in matrix]
-    if matrix[2].tolist() == [0, 0, 1]:
-        rows.pop()
+    box = slice(top, top + height), slice(left, left + width)
+    rows = [_weigh(right[box[1]], down[box[0]], row) for row in matrix[: 2 if matrix[2].tolist() == [0, 0, 1] else 3]]
     places = []
     for place, side in ((0, size[1]), (1, size[0])):
         found = rows[place] if len(rows) == 2 else rows[place] / rows[2]
         found += np.float32((side - 1) / 2)
         for shift in shifts:
-            found += shift[place]
+            found += np.broadcast_to(shift[place], size)[box]
         places.append(found)
     return places[0], places[1]
 
@@ -154,6 +163,19 @@ def _from_middle(size: Size) -> tuple[np.ndarray, np.ndarray]:
     """Row and column numbers counted from the middle of the picture, (H,) and (W,) float32."""
     down, right = (np.arange(side, dtype=np.float32) - np.float32((side - 1) / 2) for side in size)
     return down, right
+
+
+def _turned_box(size: Size, matrix: np.ndarray, part: Part | None) -> tuple[slice, slice]:
+    """The rows and columns of the source that a turn brings to a part of the result."""
+    if part is None:
+        return slice(None), slice(None)
+    spans = [(part[1], part[3]), (part[0], part[2])]  # columns and rows of the result: first one, how many
+    box = []
+    for axis in (1, 0):  # rows, then columns of the source
+        start, length = spans[int(abs(matrix[axis, :2]).argmax())]
+        start = size[1 - axis] - start - length if matrix[axis, :2].sum() < 0 else start
+        box.append(slice(start, start + length))
+    return box[0], box[1]
 
 
 def _turn(picture: np.ndarray, matrix: np.ndarray) -> np.ndarray:

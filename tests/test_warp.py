@@ -186,3 +186,19 @@ def test_an_affine_move_keeps_its_limits():
         assert abs(np.degrees(np.arctan2(matrix[0, 1], matrix[0, 0]))) <= 45
         place = np.linalg.inv(matrix) @ (0, 0, 1)  # where the middle goes
         assert abs(place[0]) <= 0.0625 * 200 and abs(place[1]) <= 0.0625 * 100
+
+
+@pytest.mark.parametrize("size", [(40, 40), (31, 31), (30, 44)])
+@pytest.mark.parametrize("part", [(10, 10, 20, 20), (3, 8, 17, 12), (0, 0, 30, 31), (29, 30, 1, 1)])
+def test_a_part_of_the_result_is_that_part(size, part):
+    places, mask = coordinates(size), blocks(size, 4)
+    top, left, height, width = part
+    box = slice(top, top + height), slice(left, left + width)
+    for names in ([], ["turn"], ["affine"], ["perspective", "grid"], ["turn", "elastic"]):
+        for seed in range(8):
+            moves = [draw(name, size, seed) for name in names]
+            whole, labels = warp.move(places, mask, moves)
+            only, own = warp.move(places, mask, moves, part)
+            np.testing.assert_allclose(only, whole[box], atol=1e-3)
+            assert np.array_equal(own, labels[box])
+            assert only.flags.c_contiguous and not np.shares_memory(only, places)
