@@ -295,6 +295,7 @@ def train(args: argparse.Namespace, data: Data, run_dir: Path, device: str, reco
     from dataset import EvaluationSet
     from image_io import write_text
     from learner import build_learner, resume
+    from memory import step_lines
     from run_folder import RunFolder
 
     network, config = build_network(args, data, fresh=not (run_dir / "last_checkpoint").is_file())
@@ -306,6 +307,10 @@ def train(args: argparse.Namespace, data: Data, run_dir: Path, device: str, reco
         print(f"going on in {run_dir} after epoch {learner.progress.epoch}")
         say_changes(run_dir, record["flags"], before, config, named=bool(args.exp_name))
     say_optimisation(learner, args)
+    shape = (args.batch, len(config.channels), *config.geometry.size)
+    use = {"optimiser": args.optim, "averaged": bool(args.ema), "amp": args.amp != "no"}
+    for line in step_lines(learner.network, shape, device, use, workers=args.workers):
+        print(line)
     run = RunFolder(
         run_dir,
         epoch=learner.progress.epoch,

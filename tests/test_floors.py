@@ -43,7 +43,7 @@ FLOORS = (
         "slide_writer",
         "weights",
     },
-    {"onnx_export", "unlike"},
+    {"memory", "onnx_export", "unlike"},
     {"export_graph", "quantisation"},
     {"torchscript"},
     {"backends", "classes", "geojson", "outputs", "pictures", "result_record", "tissue"},
