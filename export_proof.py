@@ -19,6 +19,7 @@ from tiling import reflect_index, round_up
 MEAN_DIFFERENCE = 1e-4  # of logits in units of their spread
 LEAST_AGREEMENT = 0.9999  # of the pixels of masks
 ENOUGH_SPREAD = 0.1  # of logits; below it a network with random normalisation statistics is proved beside the real one
+SIDE = 256  # about, of the noise by which logits are scaled
 PROBABILITY_SPREAD = 0.1  # at least, where probabilities hardly vary: float32 near 1 has no more digits
 
 
@@ -179,8 +180,8 @@ def randomise_statistics(network: nn.Module, config: ModelConfig) -> nn.Module:
             if layer.affine:
                 layer.weight.data.uniform_(0.5, 1.5, generator=generator)
                 layer.bias.data.normal_(0, 0.1, generator=generator)
-    batches = noise_batches(config, Shell())
-    spread = float(reference(network, config, batches[-1]).std())
+    side = max(round_up(config.min_side, config.stride), SIDE // config.stride * config.stride)  # some take one alone
+    spread = float(reference(network, config, noise_batches(config, Shell(size=(side, side)))[-1]).std())
     last = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)][-1]
     last.weight.data *= max(1.0, 0.5 / max(spread, 1e-6))
     return network

@@ -7,8 +7,13 @@ import pytest
 import torch
 from torch import nn
 
+import onnx_export
+from checkpoint import Geometry, ModelConfig
+from export_graph import Shell, wrap_network
 from export_layers import BinMeans, make_exportable, share_weights
+from export_proof import ENOUGH_SPREAD, model_runner, prove_file, randomise_statistics
 from model import build_model
+from onnx_export import ExportError, Form, export_network
 
 
 def kinds_of(network):
@@ -66,3 +71,32 @@ def test_a_copy_with_shared_weights_takes_no_second_set_of_them():
     own = {tensor.data_ptr() for tensor in network.state_dict().values()}
     assert {tensor.data_ptr() for tensor in shared.state_dict().values()} == own
     assert copy.deepcopy(network)[0].weight.data_ptr() not in own
+
+
+class OneSize(nn.Module):
+    """A network of windows that are counted once and for all."""
+
+    def __init__(self, side):
+        super().__init__()
+        self.side = side
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 1, 1))
+
+    def forward(self, image):
+        assert image.shape[2:] == (self.side, self.side), "one size alone"
+        return self.body(image)
+
+
+@pytest.mark.parametrize("side", [224, 320])
+def test_a_network_that_takes_one_size_is_exported_and_proved_for_it(monkeypatch, side):
+    monkeypatch.setattr(onnx_export, "_export_program", onnx_export._export_script)
+    config = ModelConfig(
+        *("unet", "resnet18", (1,), ("background", "object"), ("red", "green", "blue"), (0.0,) * 3, (1.0,) * 3),
+        *(Geometry("crops", (side, side), side, 0, 0),),
+        **{"stride": side, "min_side": side},
+    )
+    network = randomise_statistics(OneSize(side), config).eval()
+    with pytest.raises(ExportError, match="one size alone"):
+        export_network(network, config)
+    model, shell = export_network(network, config, Form(size=(side, side))), Shell(size=(side, side))
+    proof = prove_file(model_runner(wrap_network(model, config, shell)), network, config, shell)
+    assert proof.spread > ENOUGH_SPREAD and proof.largest < 1e-4
