@@ -85,7 +85,7 @@ def add_quantise_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--calibration-method",
         choices=("min-max", "entropy", "percentile"),
-        default="min-max",
+        default="percentile",
         help="how int8-static finds the range of activations",
     )
     group.add_argument(

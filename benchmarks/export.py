@@ -91,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("-m", "--model", default="deeplabv3+", metavar="NAME", help="latency: architecture without -c")
     parser.add_argument("--encoder", default="efficientnet-b0", metavar="NAME", help="latency: its encoder")
     parser.add_argument("--size", type=cli.positive_int, default=512, metavar="S", help="latency: side of the tile")
-    parser.add_argument("--method", choices=tuple(METHODS), default="min-max", help="latency: calibration of int8")
+    parser.add_argument("--method", choices=tuple(METHODS), default="percentile", help="latency: calibration of int8")
     parser.add_argument("--repeats", type=cli.positive_int, default=REPEATS, metavar="N", help="latency: runs of each")
     return parser
 
