@@ -53,7 +53,7 @@ def test_every_pair_that_smp_builds_exports_with_free_sides(case):
     if (case.architecture, case.encoder) in UNBUILT:
         assert found.form == "" and found.remark.startswith("not built: ")
     else:
-        assert (found.form, found.exporter, found.remark) == ("free", "torch.export", "")
+        assert found.form == "free", found.remark
 
 
 @pytest.mark.parametrize("pair", UNBUILT, ids=" ".join)
