@@ -209,8 +209,12 @@ class Augmentation:
         if image.dtype == np.uint8 and (self.low == 0).all() and (self.high == 255).all():
             return self._change(image, mask, rng)
         low, span = self._sample_range(image)
-        changed, mask = self._change((image.astype(np.float32) - low) / span, mask, rng)
-        return _to_dtype(changed * span + low, image.dtype), mask
+        lows, spans = (np.tile(number, image.shape[1]) for number in (low, span))  # a short last axis is slow
+        unit = (image.reshape(image.shape[0], -1) - lows) / spans
+        changed, mask = self._change(unit.reshape(image.shape), mask, rng)
+        values = changed.reshape(image.shape[0], -1) * spans
+        values += lows
+        return _to_dtype(values.reshape(image.shape), image.dtype), mask
 
     def single_steps(self, channels: int) -> list[tuple[str, "Augmentation"]]:
         """Each step that images of so many channels get, by its name: an augmentation that always does it alone."""
@@ -241,7 +245,9 @@ class Augmentation:
         return image, mask
 
     def _sample_range(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        smallest, largest = image.min(axis=(0, 1)), image.max(axis=(0, 1))  # (C,)
+        rows = image.reshape(image.shape[0], -1)
+        smallest, largest = (pick(axis=0).reshape(-1, image.shape[2]) for pick in (rows.min, rows.max))
+        smallest, largest = smallest.min(axis=0), largest.max(axis=0)  # (C,)
         if not (np.isfinite(smallest).all() and np.isfinite(largest).all()):
             raise ValueError("image holds NaN or infinite values: fill the pixels without data before augmenting")
         low = np.minimum(self.low, smallest).astype(np.float32)
@@ -268,4 +274,5 @@ def _to_dtype(image: np.ndarray, dtype: np.dtype) -> np.ndarray:
     if dtype == np.float32:
         return image.astype(np.float32, copy=False)
     limits = np.iinfo(dtype)
-    return np.clip(np.rint(image), limits.min, limits.max).astype(dtype)
+    np.rint(image, out=image)
+    return np.clip(image, limits.min, limits.max, out=image).astype(dtype)

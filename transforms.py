@@ -27,12 +27,20 @@ STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 # Contrast
 
 
-def map_values(image: np.ndarray, formula: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """Apply a formula on values from 0 to 1, float32 (..., C), to every pixel; 8-bit images take it from a table."""
+def map_values(image: np.ndarray, formula: Callable[..., np.ndarray], *numbers: np.ndarray) -> np.ndarray:
+    """Apply a formula on values from 0 to 1, float32, to every pixel; 8-bit images take it from a table.
+
+    Args:
+        formula: of the values, whose last axis is channels or pixels and channels, and of the numbers spread to that.
+        numbers: (C,) each.
+    """
+    rows = [number.astype(np.float32) for number in numbers]
     if image.dtype != np.uint8:
-        return np.clip(formula(image), 0, 1)
+        height, width = image.shape[:2]
+        flat = formula(image.reshape(height, -1), *(np.tile(row, width) for row in rows))  # a short last axis is slow
+        return np.clip(flat, 0, 1, out=flat).reshape(image.shape)
     levels = np.arange(256, dtype=np.float32)[:, None].repeat(image.shape[2], axis=1) / 255
-    table = np.rint(np.clip(formula(levels), 0, 1) * 255).astype(np.uint8)  # (256, C)
+    table = np.rint(np.clip(formula(levels, *rows), 0, 1) * 255).astype(np.uint8)  # (256, C)
     return cv2.LUT(image, table[None]).reshape(image.shape)
 
 
@@ -43,7 +51,7 @@ def brightness_contrast(image: np.ndarray, rng: np.random.Generator, *, limit: f
     """
     factor, share = 1 + rng.uniform(-limit, limit), rng.uniform(-limit, limit) / _top(image)
     shift = np.asarray(cv2.meanStdDev(image)).sum(axis=0)[:, 0] * share  # (C,)
-    return map_values(image, lambda values: values * np.float32(factor) + shift.astype(np.float32))
+    return map_values(image, lambda values, shifts: values * np.float32(factor) + shifts, shift)
 
 
 def gamma(image: np.ndarray, rng: np.random.Generator, *, limit: float = 0.2) -> np.ndarray:
@@ -90,18 +98,18 @@ def hue_saturation(
         table = [(levels + round(turned / 2)) % 180, levels + shift, levels + 255 * lighter]
         hsv = cv2.LUT(cv2.cvtColor(image, cv2.COLOR_RGB2HSV), np.rint(np.clip(table, 0, 255)).astype(np.uint8).T[None])
         return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
-    hsv = np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2HSV))  # 0..360, 0..1, 0..1
-    hsv[..., 0] = (hsv[..., 0] + np.float32(turned)) % 360
-    share = np.minimum(hsv[..., 1] / np.float32(FULLY_COLOURED), 1)
-    hsv[..., 1] = np.clip(hsv[..., 1] + np.float32(stronger) * share, 0, 1)
-    hsv[..., 2] = np.clip(hsv[..., 2] + np.float32(lighter), 0, 1)
+    hues, saturations, values = map(np.asarray, cv2.split(cv2.cvtColor(image, cv2.COLOR_RGB2HSV)))  # 0..360, 0..1, 0..1
+    hues += np.float32(turned % 360)
+    hues -= np.float32(360) * (hues >= 360)  # several times as fast as the remainder
+    saturations += np.float32(stronger) * np.minimum(saturations / np.float32(FULLY_COLOURED), 1)
+    values += np.float32(lighter)
+    hsv = cv2.merge([hues, np.clip(saturations, 0, 1), np.clip(values, 0, 1)])
     return np.clip(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB), 0, 1)
 
 
 def rgb_shift(image: np.ndarray, rng: np.random.Generator, *, limit: float = 0.08) -> np.ndarray:
     """Shift each channel by up to `limit` of the range."""
-    shift = rng.uniform(-limit, limit, (image.shape[2],)).astype(np.float32)
-    return map_values(image, lambda values: values + shift)
+    return map_values(image, np.add, rng.uniform(-limit, limit, (image.shape[2],)))
 
 
 def pca_shift(image: np.ndarray, rng: np.random.Generator, *, strength: float = 0.25) -> np.ndarray:
@@ -110,8 +118,7 @@ def pca_shift(image: np.ndarray, rng: np.random.Generator, *, strength: float = 
     pixels = image[::step, ::step].reshape(-1, image.shape[2]).astype(np.float64) / _top(image)
     variances, axes = np.linalg.eigh(np.cov(pixels, rowvar=False))
     share = np.clip(rng.standard_normal(len(variances)), -2, 2) * strength
-    shift = (axes @ (share * np.sqrt(np.maximum(variances, 0)))).astype(np.float32)
-    return map_values(image, lambda values: values + shift)
+    return map_values(image, np.add, axes @ (share * np.sqrt(np.maximum(variances, 0))))
 
 
 def stain_shift(
@@ -240,10 +247,11 @@ def _quantiles() -> np.ndarray:
 
 
 def _add(image: np.ndarray, change: np.ndarray) -> np.ndarray:
-    """The sum with a change of the same units, within the range."""
+    """The sum with a change of the same units, within the range; the change is used up."""
     if image.dtype == np.uint8:
         return cv2.add(image, change, dtype=cv2.CV_8U).reshape(image.shape)
-    return np.clip(image + change, 0, 1)
+    change += image
+    return np.clip(change, 0, 1, out=change)
 
 
 def _top(image: np.ndarray) -> float:

@@ -68,7 +68,9 @@ def elastic(size: Size, rng: np.random.Generator, *, spacing: float = 64, streng
     right, down = (cv2.resize(field, (width, height), interpolation=cv2.INTER_CUBIC) for field in coarse.astype("f4"))
     spread = math.hypot(cv2.norm(right), cv2.norm(down)) / math.sqrt(height * width)
     factor = np.float32(rng.uniform(*strength) / spread)
-    return Shift(right * factor, down * factor)
+    right *= factor
+    down *= factor
+    return Shift(right, down)
 
 
 def bend(size: Size, rng: np.random.Generator) -> Shift:

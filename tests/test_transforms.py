@@ -102,7 +102,7 @@ def test_tables_equal_the_formula_on_each_pixel():
 def test_a_table_is_the_formula_at_every_level():
     ramp = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
     weights = np.array([0.5, 1, 2], np.float32)
-    out = t.map_values(ramp, lambda values: values**2 * weights)
+    out = t.map_values(ramp, lambda values, weight: values**2 * weight, weights)
     expected = np.array([[min(255, round(255 * (v / 255) ** 2 * w)) for w in weights.tolist()] for v in range(256)])
     assert np.abs(out.reshape(256, 3) - expected).max() == 0
 
