@@ -14,6 +14,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from image_io import resize_image, write_text
 from plots import learning_curves
+from tracking import Tracking
 
 CSV_NAME = "_iou_per_epoch_val.csv"
 MEAN_NAME = "weighted mean"  # of validation sets without a main one
@@ -41,6 +42,7 @@ class RunFolder:
         remove_leftovers(path)
         self.history = [row for row in read_history(path) if row["epoch"] <= epoch]
         self._write_tables()
+        self.tracking: Tracking | None = None  # also told of flags and epochs
         self.drawn = -math.inf  # when the learning curves were drawn
         self.writer = SummaryWriter(str(path), purge_step=epoch + 1)
         self._layout()
@@ -65,6 +67,8 @@ class RunFolder:
         self._log_scalars(row)
         self.history.append(row)
         self._write_tables()
+        if self.tracking:
+            self.tracking.log_epoch(row)
         if time.monotonic() - self.drawn > CURVES_EVERY:
             self._draw_curves()
 
@@ -77,6 +81,8 @@ class RunFolder:
         """Add the flags as a table of text."""
         rows = (f"| {key} | {str(value).replace('|', chr(92) + '|')} |" for key, value in flags.items())
         self.writer.add_text("flags", "\n".join(["| flag | value |", "|---|---|", *rows]))
+        if self.tracking:
+            self.tracking.log_flags(flags, self.best_path)
 
     def log_result(self, flags: Mapping[str, Any], scores: Mapping[str, float | None]) -> None:
         """Add the flags as hyper-parameters beside the final scores."""
@@ -89,6 +95,8 @@ class RunFolder:
         if self.history:
             self._draw_curves()
         self.writer.close()
+        if self.tracking:
+            self.tracking.close()
 
     def _draw_curves(self) -> None:
         learning_curves(self.history, self.path)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import cli
+import tracking
 from train_options import (
     add_fold_args,
     add_network_args,
@@ -45,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     cli.add_run_args(parser, batch=DEFAULT_BATCH, auto_batch=True)
     cli.add_score_args(parser)
     cli.add_log_args(parser)
+    tracking.add_track_args(parser)
     return parser
 
 
@@ -70,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = cli.parse(parser, argv)
     with cli.plain_errors(parser, interrupted="the same command goes on from the last finished epoch"):
         check_flags(args)
+        tracking.check_installed(args.track)
         args.model, args.encoder = network_names(args)
         device = cli.pick_device(args.device, args.cpu)
         if args.amp == "fp16" and device == "cpu":
@@ -319,6 +322,7 @@ def train(args: argparse.Namespace, data: Data, run_dir: Path, device: str, reco
         weighted=options.weighted,
     )
     write_text(run_dir / "args.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    run.tracking = tracking.open_tracking(args.track, run_dir, print)
     run.log_flags(record["flags"])
     if args.dump_augmented:
         dump_augmented(batches, run_dir, args.dump_augmented)

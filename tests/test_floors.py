@@ -33,6 +33,7 @@ FLOORS = (
         "warp",
     },
     {"augmentations", "predecessor"},
+    {"tracking"},
     {
         "checkpoint",
         "pairing",
