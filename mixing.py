@@ -145,7 +145,7 @@ def whole_objects(mask: np.ndarray) -> list[tuple[tuple[slice, slice], np.ndarra
     hidden[[0, -1]] = 1
     hidden[:, [0, -1]] = 1
     found = []
-    for value in np.unique(mask).tolist():
+    for value in np.flatnonzero(np.bincount(mask.ravel())).tolist():
         if value in (0, IGNORE_INDEX):
             continue
         count, labels, boxes, _ = cv2.connectedComponentsWithStats((mask == value).astype(np.uint8), connectivity=4)

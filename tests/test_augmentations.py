@@ -290,3 +290,22 @@ def test_holes_are_ignored_if_asked(preset):
 def test_training_needs_no_augmentation_library():
     code = "import augmentations, sys; assert 'albumentations' not in sys.modules and 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(augmentations.__file__).parent)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+@pytest.mark.parametrize("dtype", TOPS)
+def test_every_step_shows_and_keeps_type_range_and_classes(dtype, channels):
+    image, mask, top = picture(dtype, channels), blocks(), TOPS[dtype]
+    seen = set()
+    for preset in PRESETS:
+        for name, step in Augmentation(preset, rgb=channels == 3, value_range=(0, top)).single_steps(channels):
+            shown, seen = 0.0, seen | {name}
+            for seed in range(6):
+                out, labels = step.local(*step.geometric(image, mask, seed), seed)
+                assert (out.shape, out.dtype, labels.dtype) == (image.shape, image.dtype, np.uint8), name
+                assert 0 <= out.min() and out.max() <= top and set(np.unique(labels)) <= {0, 3, 7, 255}, name
+                shown = max(shown, np.abs(out.astype(float) - image).mean() / top)
+            assert shown > 0.012, (preset, name)
+    everywhere = {"turn", "affine", "elastic", "holes", "shuffle_cells", "gaussian_noise", "gamma", "blur", "downscale"}
+    assert everywhere <= seen
+    assert ("stain_shift" in seen) == (channels == 3) and ("clahe" in seen) == (channels < 5)

@@ -37,6 +37,7 @@ from geojson import GeoJsonWriter
 from image_io import IGNORE_INDEX, read_mask, write_image, write_mask
 from losses import build_loss
 from metrics import Scorer
+from mixing import KINDS, Mixing
 from pairing import DatasetError, FileOptions, Pair, find_splits, list_pairs, read_runs
 from polygons import trace_labels
 from scan import check_dataset, scan_pairs
@@ -454,6 +455,21 @@ def test_workers_do_not_change_samples(tmp_path, workers):
         assert (
             one.names == other.names and torch.equal(one.images, other.images) and torch.equal(one.masks, other.masks)
         )
+
+
+@pytest.mark.parametrize("way", KINDS)
+def test_windows_of_slides_are_mixed(tmp_path, way):
+    drawn = [draw_slide(seed, (300, 400), discs=40, radius=(3, 7)) for seed in (1, 2)]
+    pairs = [write_pair(tmp_path / str(i), "geojson", *pair, name=f"s{i}") for i, pair in enumerate(drawn)]
+    mixing, changed = Mixing(way, 1.0, [(1,), (1,)], together=True), 0
+    plain, mixed = (TrainingSet(pairs, BINARY, make_config(), augment("none"), mix) for mix in (None, mixing))
+    for seed in range(12):
+        slot = Slot(0, seed, 1 if seed % 3 == 0 else None)
+        ((_, before, _),), ((name, pixels, indices),) = plain[(slot,)], mixed[(slot,)]
+        assert name == "s0" and pixels.shape == (3, 64, 64) and set(np.unique(indices)) <= {0, 1, IGNORE_INDEX}
+        assert slot.wanted is None or (indices == 1).any()
+        changed += not np.array_equal(before, pixels)
+    assert changed >= (4 if way == "copy-paste" else 9)
 
 
 def test_resized_images_cannot_be_slides(tmp_path):
