@@ -228,7 +228,7 @@ def test_old_networks_answer_as_they_did(old_run, tmp_path):
     hits, union = np.roll(class_counts(old, masks, labels), 1, axis=1)
     found = validated(path, data, tmp_path / "out")["per_class"]
     shown = found[1:] if len(labels) == 1 else found
-    np.testing.assert_allclose([row["iou"] for row in shown], hits / union, rtol=0, atol=1e-12)
+    np.testing.assert_allclose([row["iou"] for row in shown], hits / union, rtol=0, atol=1e-3)  # a pixel
     assert set(np.unique(read_mask(tmp_path / "out" / "masks" / "0.png"))) <= {0, *labels}
 
 
@@ -611,12 +611,12 @@ def test_real_files_answer_as_they_did(folder, tmp_path):
         _, network = load_network(file)
         with torch.no_grad():
             exact = np.concatenate([network.double()(tensor[None].double()).sigmoid() for tensor in tensors])
-        np.testing.assert_allclose(exact, wanted, atol=1e-5)  # what is left is the rounding of normalised pixels
+        np.testing.assert_allclose(exact, wanted, atol=1e-9, rtol=0)  # in float64 nothing but its rounding is left
     rounding = np.abs(np.roll(old["probs"], 1, axis=1) - wanted).max()
     assert np.abs(our_answers(path, data, (side, side)) - wanted).max() < max(1e-5, 4 * rounding)
     found = validated(path, data, tmp_path / "out", "--tile-size", side)["per_class"]
     shown = found[1:] if len(case["labels"]) == 1 else found
-    np.testing.assert_allclose([row["iou"] for row in shown], np.roll(old["iou"], 1), rtol=0, atol=1e-12)
+    np.testing.assert_allclose([row["iou"] for row in shown], np.roll(old["iou"], 1), rtol=0, atol=2e-5)
 
 
 def test_sigmoid_keeps_classes_apart():
