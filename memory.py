@@ -17,6 +17,7 @@ STATES = {"SGD": 1, "Adagrad": 1, "ASGD": 1, "RMSprop": 1}
 OTHER_STATES = 2
 # Autocast keeps about half of what is kept for the backward pass in 16 bits; sums and normalisations stay as they are.
 AMP_SHARE = 0.6
+OVERHEAD = 1.15  # of the activations: what allocators round up and kernels have in work, measured on five networks
 LOSS_COPIES = 6  # of the logits, in the loss and its gradient
 WORKER = 250 << 20  # bytes of a loader process besides its batches
 BATCHES_AHEAD = 2  # that each loader process holds
@@ -68,7 +69,7 @@ def estimate_step(
     kept, largest, logits = saved_bytes(network, shape)
     share = AMP_SHARE if amp else 1.0
     batch = 4 * torch.Size(shape).numel()
-    activations = round(share * (kept + 2 * largest)) + LOSS_COPIES * logits
+    activations = round(OVERHEAD * (share * (kept + 2 * largest) + LOSS_COPIES * logits))
     loader = (workers * BATCHES_AHEAD + 1) * batch + workers * WORKER
     return StepMemory(copies * learned + (1 + averaged) * frozen, activations, loader)
 
