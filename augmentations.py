@@ -124,7 +124,7 @@ LOCAL: dict[str, tuple[Chance, ...]] = {
     ),
     "aerial": (
         Chance(0.6, (CONTRAST, GAMMA, MILD_HUE, Change(partial(t.rgb_shift, limit=0.04), "colour"), PCA)),
-        Chance(0.2, (Change(t.shadow, "colour"),)),
+        Chance(0.2, (Change(t.shadow, "bands"),)),
         HAZE,
         Chance(0.25, (BLUR, SENSOR, Change(partial(t.downscale, scale=(0.5, 0.9))))),
     ),
