@@ -5,6 +5,7 @@ Randomness of a sample is a function of seed, epoch and position, so worker proc
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -261,6 +262,10 @@ class Batch:
     masks: torch.Tensor
     names: tuple[str, ...]
 
+    def only(self, row: int) -> "Batch":
+        """One of the samples, in memory of its own."""
+        return Batch(self.images[row : row + 1].clone(), self.masks[row : row + 1].clone(), self.names[row : row + 1])
+
     def pin_memory(self) -> "Batch":
         """Called by the loader when it pins memory."""
         return Batch(self.images.pin_memory(), self.masks.pin_memory(), self.names)
@@ -510,13 +515,22 @@ class TrainingBatches:
         """Take random samples out of the pool."""
         chosen = set(rng.permutation(len(pool))[: self.batch].tolist())
         drawn = [item for place, item in enumerate(pool) if place in chosen]
-        pool[:] = [item for place, item in enumerate(pool) if place not in chosen]
+        pool[:] = let_go([item for place, item in enumerate(pool) if place not in chosen])
         batch = Batch(
             torch.stack([samples.images[row] for samples, row in drawn]),
             torch.stack([samples.masks[row] for samples, row in drawn]),
             tuple(samples.names[row] for samples, row in drawn),
         )
         return batch.pin_memory() if self.pin else batch
+
+
+def let_go(pool: Sequence[tuple[Batch, int]]) -> list[tuple[Batch, int]]:
+    """Samples as rows of batches, copied where half of a batch is gone: one row keeps the memory of all of them."""
+    left = Counter(id(samples) for samples, _ in pool)
+    return [
+        (samples.only(row), 0) if 1 < len(samples.names) >= 2 * left[id(samples)] else (samples, row)
+        for samples, row in pool
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -485,6 +485,26 @@ def test_batches_hold_every_slot_once_and_mix_images(images, batch, crops):
     assert [part.names for part in batches] == [part.names for part in taken], "the same epoch, the same batches"
 
 
+def test_waiting_samples_keep_at_most_twice_their_memory(monkeypatch):
+    kept, original = [], dataset.let_go
+
+    def watch(pool):
+        pool = original(pool)
+        held = {samples.images.untyped_storage().data_ptr(): samples.images.nbytes for samples, _ in pool}
+        kept.append((sum(held.values()), len(pool)))
+        return pool
+
+    monkeypatch.setattr(dataset, "let_go", watch)
+    sampler = EpochSampler([(1,)] * 30, crops=20, quota=0, seed=0)
+    seeds = [
+        int(value)
+        for part in TrainingBatches(NumberedSamples(), sampler, batch=3, workers=0, pin=False)
+        for value in part.images[:, 0, 0, 0]
+    ]
+    assert len(set(seeds)) == len(seeds) == 600
+    assert all(held <= 2 * 16 * samples for held, samples in kept), "16 bytes a picture"
+
+
 def test_a_batch_does_not_hold_one_image_alone():
     sampler = EpochSampler([(1,)] * 8, crops=16, quota=0, seed=0)
     for part in TrainingBatches(NumberedSamples(), sampler, batch=16, workers=0, pin=False):
