@@ -363,6 +363,8 @@ def export_one(path: Path, target: Path, args: argparse.Namespace) -> list[dict[
     shell = replace(shell_of(args, source.config), size=size)
     print(describe_source(source))
     fitted = fit_config(source.config, shell.size) if shell.size else source.config
+    for text in fitted.assumptions:
+        print(f"warning: the network comes from {text}")
     tiles = load_tiles(args.real_images, fitted, args.tiles) if args.real_images else []
     check_pixels(tiles, shell)
     pixels = [tile.pixels for tile in tiles]
