@@ -17,14 +17,13 @@ import dataset
 from augmentations import PRESETS, Augmentation
 from checkpoint import Geometry, ModelConfig
 from classes import UNLISTED, ClassMap
+from crops import crop_corner, cut_window
 from dataset import (
     EpochSampler,
     EvaluationSet,
     Slot,
     TrainingBatches,
     TrainingSet,
-    crop_corner,
-    cut_window,
     evaluation_loader,
     load_image,
     load_mask,

@@ -32,7 +32,7 @@ FLOORS = (
         "transforms",
         "warp",
     },
-    {"augmentations", "predecessor"},
+    {"augmentations", "crops", "predecessor"},
     {"tracking"},
     {
         "checkpoint",

@@ -31,7 +31,8 @@ from augmentations import Augmentation
 from backends import load_forward
 from checkpoint import Geometry, ModelConfig
 from classes import ClassMap, ClassOptions
-from dataset import EpochSampler, EvaluationSet, Slot, TrainingBatches, TrainingSet, cut_window
+from crops import cut_window
+from dataset import EpochSampler, EvaluationSet, Slot, TrainingBatches, TrainingSet
 from dataset_utils import check as check_command
 from geojson import GeoJsonWriter
 from image_io import IGNORE_INDEX, read_mask, write_image, write_mask
