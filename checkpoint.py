@@ -63,6 +63,7 @@ class ModelConfig:
     `channels`, `mean` and `std` run in network order (R G B extras), in raw pixel units.
     `value_range` holds the lowest and highest value of each channel, `dtype` the type that training images had,
     `image_means` the lowest and highest mean of an image; None in older files.
+    `val_share` is 0 where no share of the training images was held out: a fold, or validation on other sets alone.
     `tissue` is the rule (tissue.RULES) that training and its scores kept to on slides, or "none".
     `assumed` names what an old file does not say and was assumed, see assumptions.
     """

@@ -79,7 +79,16 @@ class FileOptions:
         return list_pairs(folder, self.add_dirs, self.roi_dir, ids or self.ids)
 
     def shared(self, pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
-        """Pairs of a data set without val/ as (train, val)."""
+        """Pairs of a data set without val/ as (train, val).
+
+        Raises:
+            DatasetError: see share_by_name; also a share of 0, which checkpoints have whose training held out no share.
+        """
+        if not self.val_share:
+            raise DatasetError(
+                "the training of this network held out no share of the data set: it was cross-validated, or validated "
+                "on other sets. For a fold give its images with --ids logs/NAME_fold_K/held_out.csv and no --split"
+            )
         return share_by_name(pairs, self.val_share, self.group_pattern)
 
 

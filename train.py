@@ -204,7 +204,7 @@ def build_config(args: argparse.Namespace, data: Data, stride: int, min_side: in
         stride=stride,
         min_side=min_side,
         batch=args.batch,
-        val_share=args.val_share,
+        val_share=0.0 if args.folds or args.use_only_add_val else args.val_share,
         group_pattern=args.group_pattern,
         tissue=data.slides.tissue,
     )

@@ -189,6 +189,16 @@ def test_pooled_counts_are_those_of_the_held_out_parts(trained, tmp_path):
     assert pooled["threshold"] == pooled["pooled"]["best"]["threshold"]
 
 
+def test_a_share_of_the_images_is_not_taken_for_what_a_fold_held_out(trained, tmp_path, capsys):
+    base, folder = trained[0], trained[0] / "logs" / "cv_fold_0"
+    words = ["-d", base / "discs", "--split", "val", "-cd", folder, "-o", tmp_path / "out", "--cpu"]
+    with pytest.raises(SystemExit) as ended:
+        validate.main([*map(str, words), "-log", str(tmp_path / "logs")])
+    error = capsys.readouterr().err
+    assert ended.value.code == 1 and "held out no share" in error and "held_out.csv" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_one_fold_alone_is_the_same_fold(trained, tmp_path, capsys):
     base, words = trained
     alone = [str(tmp_path / "logs") if word == str(base / "logs") else word for word in words]
