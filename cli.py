@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -361,6 +361,16 @@ def add_score_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--worst", type=natural, default=4, metavar="N", help="images with the lowest IoU to show in TensorBoard"
     )
+
+
+@contextmanager
+def said_once() -> Iterator[None]:
+    """Silence within all but the first of the processes that torchrun started; for what all of them say alike."""
+    if os.environ.get("RANK", "0") == "0":
+        yield
+        return
+    with Path(os.devnull).open("w") as nothing, redirect_stdout(nothing), redirect_stderr(nothing):
+        yield
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:

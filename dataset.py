@@ -6,7 +6,7 @@ Randomness of a sample is a function of seed, epoch and position, so worker proc
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from image_io import (
 )
 from mixing import Mixing
 from pairing import DatasetError, Pair
+from shares import Drawn, draw_batches
 from slide_index import open_places
 from slide_windows import SlideOptions, is_slide
 
@@ -161,13 +162,14 @@ def load_pair(
 class Slot:
     """One training sample of an epoch: which image, the seed of its randomness, the class its crop must hold.
 
-    draw: other numbers augment the same crop anew.
+    draw: other numbers augment the same crop anew. item: the seed of its whole item, of which only a part is loaded.
     """
 
     image: int
     seed: int
     wanted: int | None = None
     draw: int = 0
+    item: int | None = None
 
     @property
     def augmented(self) -> int:
@@ -256,7 +258,10 @@ class EpochSampler(Sampler[tuple[Slot, ...]]):
 
 @dataclass(frozen=True)
 class Batch:
-    """Training batch: images (N, C, H, W) float32, masks (N, H, W) uint8 with 255 ignored, names of the images."""
+    """Training batch: images (N, C, H, W) float32, masks (N, H, W) uint8 with 255 ignored, names of the images.
+
+    One of several processes has its own part of the images and masks, and the names of all.
+    """
 
     images: torch.Tensor
     masks: torch.Tensor
@@ -327,10 +332,11 @@ class TrainingSet(Dataset[list[tuple[str, np.ndarray, np.ndarray]]]):
                 sources[image] = self._source(image)
             return sources[image](Slot(image, seed, wanted))
 
+        shared = slots[0].augmented if slots[0].item is None else slots[0].item
         for slot in slots:
             part = sources[own](slot)
             if self.mixing is not None:
-                mixed = self.mixing.mix(part, own, (slot.augmented, slots[0].augmented), take)
+                mixed = self.mixing.mix(part, own, (slot.augmented, shared), take)
                 if slot.wanted is None or (mixed[1] == slot.wanted).any():
                     part = mixed
             pixels, indices = self.augmentation.local(*part, slot.augmented + 1)
@@ -409,11 +415,11 @@ class TrainingBatches:
     """
 
     def __init__(self, data: TrainingSet, sampler: EpochSampler, *, batch: int, workers: int, pin: bool) -> None:
-        self.sampler, self.batch, self.workers, self.pin = sampler, batch, workers, pin
+        self.data, self.sampler, self.batch, self.workers, self.pin = data, sampler, batch, workers, pin
         sampler.limit(data.sample_bytes)
         self.loader = DataLoader(
             data,
-            sampler=sampler,
+            sampler=self.order(),
             batch_size=None,  # an item is one image with all its samples
             num_workers=workers,
             collate_fn=stack_samples,
@@ -430,27 +436,24 @@ class TrainingBatches:
         self.sampler.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Batch]:
-        rng = np.random.default_rng([self.sampler.seed, self.sampler.epoch, 1])
-        pool: list[tuple[Batch, int]] = []
-        enough = max(self.batch, BATCH_IMAGES * self.sampler.together)
-        for samples in self.loader:
-            pool += [(samples, row) for row in range(len(samples.names))]
-            while len(pool) >= enough:
-                yield self._draw(pool, rng)
-        while pool:
-            yield self._draw(pool, rng)
+        groups = ([(samples, row) for row in range(len(samples.names))] for samples in self.loader)
+        for drawn in self.draw(groups, let_go):
+            batch = Batch(
+                torch.stack([samples.images[row] for samples, row in drawn]),
+                torch.stack([samples.masks[row] for samples, row in drawn]),
+                tuple(samples.names[row] for samples, row in drawn),
+            )
+            yield batch.pin_memory() if self.pin else batch
 
-    def _draw(self, pool: list[tuple[Batch, int]], rng: np.random.Generator) -> Batch:
-        """Take random samples out of the pool."""
-        chosen = set(rng.permutation(len(pool))[: self.batch].tolist())
-        drawn = [item for place, item in enumerate(pool) if place in chosen]
-        pool[:] = let_go([item for place, item in enumerate(pool) if place not in chosen])
-        batch = Batch(
-            torch.stack([samples.images[row] for samples, row in drawn]),
-            torch.stack([samples.masks[row] for samples, row in drawn]),
-            tuple(samples.names[row] for samples, row in drawn),
-        )
-        return batch.pin_memory() if self.pin else batch
+    def order(self) -> Sampler[tuple[Slot, ...]]:
+        """What is loaded, item by item."""
+        return self.sampler
+
+    def draw(self, groups: Iterable[list[Drawn]], let_go: Callable[[list[Drawn]], list[Drawn]]) -> Iterator:
+        """The batches of the epoch out of the samples of each item, or of what stands for them; see draw_batches."""
+        rng = np.random.default_rng([self.sampler.seed, self.sampler.epoch, 1])
+        enough = max(self.batch, BATCH_IMAGES * self.sampler.together)
+        return draw_batches(groups, rng, batch=self.batch, enough=enough, let_go=let_go)
 
 
 def let_go(pool: Sequence[tuple[Batch, int]]) -> list[tuple[Batch, int]]:

@@ -19,6 +19,9 @@ from metrics import Scorer
 from outputs import clear_outside, decide
 from pairing import Pair
 from plots import sample_panel
+from processes import ALONE, Processes
+from run_folder import shrink_panel
+from shared_batches import part_of_set
 from slide_scoring import LossFunction, SlidePrediction, logits_of, predict_slide, score_slide
 from tiling import predict_tiled
 
@@ -120,10 +123,12 @@ def evaluate(
     *,
     loss: LossFunction | None = None,
     keep_worst: int = 0,
+    processes: Processes = ALONE,
 ) -> Evaluation:
     """Score predictions against their masks.
 
     Args:
+        processes: each has predictions of its own images; the scores, not the worst images, are those of all.
         loss: also computed, for each image whole, from its probabilities; the mean over images is reported.
         keep_worst: how many of the images with the lowest IoU to keep, with truth and prediction.
     """
@@ -153,7 +158,11 @@ def evaluate(
         if loss is not None and (mask != IGNORE_INDEX).any():
             losses.append(loss_of_probs(loss, probs, mask))
         note(scores, prediction.sample.pair, mask, probs)
-    known = [value for value in losses if value is not None]
+    shares = processes.gather((losses, scorer))
+    scorer = shares[0][1]
+    for _, other in shares[1:]:
+        scorer.merge(other)
+    known = [value for share, _ in shares for value in share if value is not None]
     return Evaluation(float(np.mean(known)) if known else None, scorer.summary(), worst, scorer)
 
 
@@ -188,10 +197,15 @@ def score_set(
     description: str = "",
     loss: LossFunction | None = None,
     keep_worst: int = 0,
+    processes: Processes = ALONE,
 ) -> Evaluation:
-    """Predict a set and score it, see predict_samples, evaluate and Scorer."""
-    predictions = predict_samples(forward, data, workers=workers, description=description)
-    return evaluate(predictions, build_scorer(data.config, empty=empty), loss=loss, keep_worst=keep_worst)
+    """Predict a set and score it, see predict_samples, evaluate and Scorer; several processes take a part each."""
+    part, description = part_of_set(data, processes.rank, processes.world), description if processes.first else ""
+    predictions, scorer = (
+        predict_samples(forward, part, workers=workers, description=description),
+        build_scorer(data.config, empty=empty),
+    )
+    return evaluate(predictions, scorer, loss=loss, keep_worst=keep_worst, processes=processes)
 
 
 def loss_of_probs(loss: LossFunction, probs: np.ndarray, mask: np.ndarray) -> float:
@@ -209,6 +223,18 @@ def build_scorer(config: ModelConfig, *, threshold: float = 0.5, empty: str = "s
         empty=empty,
         has_background=0 not in config.labels,
     )
+
+
+def shared_panels(
+    worst: Sequence[Worst], config: ModelConfig, processes: Processes, keep_worst: int
+) -> list[np.ndarray]:
+    """Pictures of the images with the lowest IoU of all processes, small ones where there are several."""
+    panels = worst_panels(worst, config)
+    if processes.world == 1:
+        return panels
+    small = [(item.iou, shrink_panel(panel)) for item, panel in zip(worst, panels, strict=True)]
+    shares = [shown for share in processes.gather(small) for shown in share]
+    return [panel for _, panel in sorted(shares, key=lambda shown: shown[0])[:keep_worst]]
 
 
 def worst_panels(worst: Sequence[Worst], config: ModelConfig, threshold: float = 0.5) -> list[np.ndarray]:

@@ -1,18 +1,20 @@
 """What learns: a network, its optimiser and schedule, and all of their state that a resumed run needs."""
 
 import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 
 from checkpoint import ModelConfig, load_checkpoint
 from ema import WeightAverage
 from optim import Schedule, ScheduleOptions, build_optimiser
+from processes import ALONE, Processes
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ class Learner:
     encoder_weights: list[nn.Parameter] = field(default_factory=list)  # those that learn unless it is frozen
     ema: WeightAverage | None = None
     progress: Progress = field(default_factory=Progress)
-    best: dict[str, Any] | None = None  # summary of the best epoch's scores; None when another process computed them
+    best: dict[str, Any] | None = None  # summary of the best epoch's scores; None when another run computed them
+    processes: Processes = ALONE
 
     @property
     def network(self) -> Any:
@@ -138,14 +141,25 @@ class Learner:
         return {**state, "param_groups": groups}
 
 
-def build_learner(model: nn.Module, options: FitOptions, *, device: str, steps: int) -> Learner:
-    """Put a network and its optimiser in the hands of Accelerate.
+def build_learner(
+    model: nn.Module,
+    options: FitOptions,
+    *,
+    device: str,
+    steps: int,
+    processes: Processes = ALONE,
+    image: Sequence[int] = (),
+) -> Learner:
+    """Put a network and its optimiser in the hands of Accelerate, which adds the gradients of several processes.
 
     Args:
         steps: optimiser steps in one epoch.
+        image: (C, H, W) of an image that the network takes, for several processes.
     """
     os.environ["ACCELERATE_TORCH_DEVICE"] = device
-    accelerator = Accelerator(mixed_precision=options.amp, cpu=device == "cpu")
+    idle = processes.world > 1 and (options.freeze_encoder > 0 or has_idle_weights(model, image))
+    sharing = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=idle)
+    accelerator = Accelerator(mixed_precision=options.amp, cpu=device == "cpu", kwargs_handlers=[sharing])
     model = model.to(accelerator.device)
     if options.channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -170,7 +184,17 @@ def build_learner(model: nn.Module, options: FitOptions, *, device: str, steps: 
         steps=steps,
         more_is_better=options.monitor != "loss",
     )
-    return Learner(model, optimiser, schedule, accelerator, encoder_weights, ema, Progress(monitor=options.monitor))
+    progress = Progress(monitor=options.monitor)
+    return Learner(model, optimiser, schedule, accelerator, encoder_weights, ema, progress, processes=processes)
+
+
+def has_idle_weights(model: nn.Module, image: Sequence[int]) -> bool:
+    """Whether some weights have no part in the answer to an image (C, H, W), so that no gradient reaches them."""
+    training = model.training
+    answer = model.eval()(torch.zeros(1, *image))
+    gradients = torch.autograd.grad(answer.sum(), [w for w in model.parameters() if w.requires_grad], allow_unused=True)
+    model.train(training)
+    return any(gradient is None for gradient in gradients)
 
 
 def resume(learner: Learner, path: Path, config: ModelConfig) -> ModelConfig | None:

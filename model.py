@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from networks.plain_unet import PLAIN_WIDTHS, PlainUnet
+from networks.plain_unet import GROUP_NORM, PLAIN_WIDTHS, PlainUnet
 
 SMP_CLASSES = {
     "unet": "Unet",
@@ -118,8 +118,8 @@ def build_model(architecture: str, encoder: str, *, in_channels: int, num_logits
     architecture = resolve_architecture(architecture)
     encoder = resolve_encoder(encoder, architecture)
     if architecture == PLAIN_UNET:
-        width = PLAIN_WIDTHS[encoder]
-        model: nn.Module = PlainUnet(in_channels=in_channels, num_logits=num_logits, width=width)
+        width, groups = PLAIN_WIDTHS[encoder], encoder.endswith(GROUP_NORM)
+        model: nn.Module = PlainUnet(in_channels=in_channels, num_logits=num_logits, width=width, groups=groups)
     else:
         try:
             model = build_smp(architecture, encoder, None, in_channels=in_channels, classes=num_logits)

@@ -23,6 +23,7 @@ from train_options import (
     add_schedule_args,
     add_validation_args,
     check_flags,
+    check_processes,
     class_weights,
     fit_options,
     network_names,
@@ -69,25 +70,41 @@ class Data:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check the data, train, print the score."""
     parser = build_parser()
-    args = cli.parse(parser, argv)
+    with cli.said_once():
+        args = cli.parse(parser, argv)
     with cli.plain_errors(parser, interrupted="the same command goes on from the last finished epoch"):
-        check_flags(args)
-        tracking.check_installed(args.track)
-        args.model, args.encoder = network_names(args)
+        from processes import join_processes
+
         device = cli.pick_device(args.device, args.cpu)
-        if args.amp == "fp16" and device == "cpu":
-            raise cli.UsageError("--amp fp16 needs a GPU; use --amp bf16 or no on the cpu")
-        print(f"device: {device}")
-        run_dir = args.log_dir / (args.exp_name or default_name(args))
-        if args.folds:
-            train_folds(args, argv, run_dir, device)
-            return
-        check_run_folder(run_dir)
-        data = prepare_data(args, run_dir, check_data(args))
-        if args.lr_find:
-            find_rate(args, data, run_dir, device)
-        else:
-            train_in_memory(args, argv, data, run_dir, device)
+        with join_processes(device) as processes:
+            args = processes.first_does(lambda: check_command(args, device, processes))
+            run_dir = args.log_dir / (args.exp_name or default_name(args))
+            if args.folds:
+                train_folds(args, argv, run_dir, device, processes)
+                return
+            data = processes.first_does(lambda: prepare_run(args, run_dir))
+            if args.lr_find:
+                find_rate(args, data, run_dir, device, processes)
+            else:
+                train_in_memory(args, argv, data, run_dir, device, processes)
+
+
+def check_command(args: argparse.Namespace, device: str, processes: Any) -> argparse.Namespace:
+    """The flags in our spelling, after their check."""
+    check_flags(args)
+    tracking.check_installed(args.track)
+    args.model, args.encoder = network_names(args)
+    check_processes(args, device, processes)
+    if args.amp == "fp16" and device == "cpu":
+        raise cli.UsageError("--amp fp16 needs a GPU; use --amp bf16 or no on the cpu")
+    print(f"device: {device}{processes.described}")
+    return args
+
+
+def prepare_run(args: argparse.Namespace, run_dir: Path) -> Data:
+    """The data set of a run whose folder it can go on in."""
+    check_run_folder(run_dir)
+    return prepare_data(args, run_dir, check_data(args))
 
 
 def default_name(args: argparse.Namespace) -> str:
@@ -233,6 +250,8 @@ def build_network(args: argparse.Namespace, data: Data, *, fresh: bool) -> tuple
         print(weights.init_from(network, load_checkpoint(args.init_from)[1]["model_state_dict"]))
     elif published != "none" and (args.model, published) != ("plain-unet", "imagenet"):
         print(weights.load_encoder_weights(network, args.encoder_weights, in_channels=len(data.channels)))
+    if args.sync_bn:
+        network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
     tolerate_single_values(network)
     print(f"{args.model} {args.encoder}: {model.count_parameters(network) / 1e6:.2f} M parameters")
     return network, config
@@ -260,11 +279,12 @@ def build_training_loss(args: argparse.Namespace, config: Any, pixels: Any) -> A
     )
 
 
-def build_batches(args: argparse.Namespace, data: Data, config: Any, device: str) -> Any:
-    """The training images as augmented batches."""
+def build_batches(args: argparse.Namespace, data: Data, config: Any, device: str, processes: Any) -> Any:
+    """The training images as augmented batches; of several processes, this one's part of them."""
     from augmentations import Augmentation
     from dataset import EpochSampler, TrainingBatches, TrainingSet
     from mixing import Mixing
+    from shared_batches import SharedBatches
 
     augmentation = Augmentation(
         args.augmentation,
@@ -277,7 +297,10 @@ def build_batches(args: argparse.Namespace, data: Data, config: Any, device: str
     crops, quota = max(1, args.crops), args.foreground_quota if args.crops else 0
     sampler = EpochSampler(data.present, crops=crops, quota=quota, seed=args.seed, slides=samples.slides)
     pin = device.startswith("cuda")
-    return TrainingBatches(samples, sampler, batch=args.batch, workers=args.workers, pin=pin)
+    if processes.world == 1:
+        return TrainingBatches(samples, sampler, batch=args.batch, workers=args.workers, pin=pin)
+    workers, share = processes.workers(args.workers), {"rank": processes.rank, "world": processes.world}
+    return SharedBatches(samples, sampler, batch=args.batch, workers=workers, pin=pin, **share)
 
 
 def dump_augmented(batches: Any, run_dir: Path, count: int) -> None:
@@ -292,39 +315,32 @@ def dump_augmented(batches: Any, run_dir: Path, count: int) -> None:
     print(f"{len(paths)} sheets of {len(slots)} augmented samples in {run_dir / 'augmented'}")
 
 
-def train(args: argparse.Namespace, data: Data, run_dir: Path, device: str, record: dict[str, Any]) -> None:
+def train(
+    args: argparse.Namespace, data: Data, run_dir: Path, device: str, record: dict[str, Any], processes: Any
+) -> None:
     """Build everything, go on from a last_checkpoint if there is one, fit, print the score of the best."""
     import trainer
     from dataset import EvaluationSet
-    from image_io import write_text
     from learner import build_learner, resume
     from memory import step_lines
-    from run_folder import RunFolder
 
-    network, config = build_network(args, data, fresh=not (run_dir / "last_checkpoint").is_file())
+    fresh, device = not (run_dir / "last_checkpoint").is_file(), processes.device(device)
+    network, config = processes.first_then_others(lambda: build_network(args, data, fresh=fresh))
     loss = build_training_loss(args, config, data.pixels)
-    batches, options = build_batches(args, data, config, device), fit_options(args)
-    learner = build_learner(network, options, device=device, steps=-(-len(batches) // args.accumulate))
+    batches, options = build_batches(args, data, config, device, processes), fit_options(args)
+    shape = (-(-args.batch // processes.world), len(config.channels), *config.geometry.size)
+    steps = -(-len(batches) // args.accumulate)
+    learner = build_learner(network, options, device=device, steps=steps, processes=processes, image=shape[1:])
     before = resume(learner, run_dir / "last_checkpoint", config)
     if before:
         print(f"going on in {run_dir} after epoch {learner.progress.epoch}")
         say_changes(run_dir, record["flags"], before, config, named=bool(args.exp_name))
     say_optimisation(learner, args)
-    shape = (args.batch, len(config.channels), *config.geometry.size)
     use = {"optimiser": args.optim, "averaged": bool(args.ema), "amp": args.amp != "no"}
     for line in step_lines(learner.network, shape, device, use, workers=args.workers):
         print(line)
-    run = RunFolder(
-        run_dir,
-        epoch=learner.progress.epoch,
-        val_names=list(data.val),
-        decimal=args.decimal,
-        weighted=options.weighted,
-    )
-    write_text(run_dir / "args.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-    run.tracking = tracking.open_tracking(args.track, run_dir, print)
-    run.log_flags(record["flags"])
-    if args.dump_augmented:
+    run = open_run(args, run_dir, learner.progress.epoch, list(data.val), record) if processes.first else None
+    if args.dump_augmented and run is not None:
         dump_augmented(batches, run_dir, args.dump_augmented)
     val_sets = {name: EvaluationSet(pairs, data.classes, config) for name, pairs in data.val.items()}
     if trainer.is_finished(learner.progress, options):
@@ -333,11 +349,25 @@ def train(args: argparse.Namespace, data: Data, run_dir: Path, device: str, reco
         print(f"the run is complete: {learner.progress.epoch} epochs are done and {why}; nothing is trained")
         print("to train on: a larger --epochs; to train anew: another --exp-name")
     trainer.fit(learner, config, batches, val_sets, loss, options, run, print)
-    finish(args, run, val_sets, learner, device)
+    if run is not None:
+        finish(args, run, val_sets, learner, device)
+
+
+def open_run(args: argparse.Namespace, run_dir: Path, epoch: int, val_names: list[str], record: dict[str, Any]) -> Any:
+    """The run folder, cut back to what is done, with the flags of this start."""
+    from image_io import write_text
+    from run_folder import RunFolder
+
+    weighted = args.use_only_add_val
+    run = RunFolder(run_dir, epoch=epoch, val_names=val_names, decimal=args.decimal, weighted=weighted)
+    write_text(run_dir / "args.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    run.tracking = tracking.open_tracking(args.track, run_dir, print)
+    run.log_flags(record["flags"])
+    return run
 
 
 def train_in_memory(
-    args: argparse.Namespace, argv: Sequence[str] | None, data: Data, run_dir: Path, device: str
+    args: argparse.Namespace, argv: Sequence[str] | None, data: Data, run_dir: Path, device: str, processes: Any
 ) -> None:
     """Train; with `--batch auto` once more with half of the batch where the device has no memory for all of it."""
     from trainer import MemoryExhausted
@@ -347,7 +377,7 @@ def train_in_memory(
         args.batch = automatic_batch(run_dir, device)
         print(f"batch: {args.batch}")
     try:
-        train(args, data, run_dir, device, cli.run_record(args, argv))
+        train(args, data, run_dir, device, cli.run_record(args, argv), processes)
         return
     except MemoryExhausted:
         if not automatic or args.batch == 1:
@@ -355,7 +385,7 @@ def train_in_memory(
     free_memory()
     print(f"the device has no memory for a batch of {args.batch}: going on with {args.batch // 2}")
     args.batch //= 2
-    train(args, data, run_dir, device, cli.run_record(args, argv))
+    train(args, data, run_dir, device, cli.run_record(args, argv), processes)
 
 
 def automatic_batch(run_dir: Path, device: str) -> int:
@@ -376,7 +406,7 @@ def free_memory() -> None:
     torch.cuda.empty_cache()
 
 
-def find_rate(args: argparse.Namespace, data: Data, run_dir: Path, device: str) -> None:
+def find_rate(args: argparse.Namespace, data: Data, run_dir: Path, device: str, processes: Any) -> None:
     """Try learning rates on a copy of the network, draw the loss over them, say which to take; train nothing."""
     import lr_finder
     import plots
@@ -385,7 +415,7 @@ def find_rate(args: argparse.Namespace, data: Data, run_dir: Path, device: str) 
     if args.batch == "auto":
         args.batch = automatic_batch(run_dir, device)
     network, config = build_network(args, data, fresh=True)
-    loss, batches = build_training_loss(args, config, data.pixels), build_batches(args, data, config, device)
+    loss, batches = build_training_loss(args, config, data.pixels), build_batches(args, data, config, device, processes)
     result = lr_finder.find_rate(
         network, batches, loss, fit_options(args), config.num_logits, device=device, steps=args.lr_find
     )
@@ -405,38 +435,52 @@ def find_rate(args: argparse.Namespace, data: Data, run_dir: Path, device: str) 
         print(f"suggested: -lr {result.suggestion:.1g}")
 
 
-def train_folds(args: argparse.Namespace, argv: Sequence[str] | None, run_dir: Path, device: str) -> None:
+def train_folds(
+    args: argparse.Namespace, argv: Sequence[str] | None, run_dir: Path, device: str, processes: Any
+) -> None:
     """Train the folds that were asked for, each in a run folder of its own; after all of them score them together."""
     import folds
 
-    checked = check_data(args)
-    classes, home = checked.raise_errors(), run_dir.with_name(f"{run_dir.name}_folds")
-    held = folds.load_or_choose_folds(home / folds.FOLDS_FILE, checked.train, classes, args.group_pattern, args.folds)
+    home = run_dir.with_name(f"{run_dir.name}_folds")
+    checked, held = processes.first_does(lambda: deal_folds(args, home))
     chosen = range(args.folds) if args.fold == "all" else [int(args.fold)]
     for fold in chosen:
         own, fold_dir = argparse.Namespace(**vars(args)), run_dir.with_name(folds.fold_name(run_dir.name, fold))
         own.fold = str(fold)
         print(f"\nfold {fold}: {fold_dir}")
-        check_run_folder(fold_dir)
-        data = prepare_data(own, fold_dir, folds.hold_out(checked, held, fold))
-        write_held_out(fold_dir, data)
+        part = folds.hold_out(checked, held, fold)
+        data = processes.first_does(lambda own=own, fold_dir=fold_dir, part=part: prepare_fold(own, fold_dir, part))
         if args.lr_find:
-            find_rate(own, data, fold_dir, device)
+            find_rate(own, data, fold_dir, device, processes)
             continue
-        train_in_memory(own, argv, data, fold_dir, device)
+        train_in_memory(own, argv, data, fold_dir, device, processes)
         free_memory()
+    if not processes.first:
+        return
     if args.fold == "all" and not args.lr_find:
         pool_folds(args, checked, held, run_dir, home, device)
     elif not args.lr_find:
         print("scores of all folds together: the same command with --fold all, when every fold is trained")
 
 
-def write_held_out(fold_dir: Path, data: Data) -> None:
-    """Names of the images that a fold is scored on, as --ids of validate.py takes them."""
+def deal_folds(args: argparse.Namespace, home: Path) -> tuple[Any, dict[str, int]]:
+    """The checked data set, and the fold of each image."""
+    import folds
+
+    checked = check_data(args)
+    classes, path = checked.raise_errors(), home / folds.FOLDS_FILE
+    return checked, folds.load_or_choose_folds(path, checked.train, classes, args.group_pattern, args.folds)
+
+
+def prepare_fold(args: argparse.Namespace, fold_dir: Path, part: Any) -> Data:
+    """The data set of a fold, with the names of the images that it is scored on, as --ids of validate.py takes them."""
     from image_io import write_text
 
+    check_run_folder(fold_dir)
+    data = prepare_data(args, fold_dir, part)
     names = [pair.name for pair in next(iter(data.val.values()))]
     write_text(fold_dir / "held_out.csv", "\n".join(["id", *(f'"{name}"' for name in names)]) + "\n")
+    return data
 
 
 def pool_folds(

@@ -117,6 +117,7 @@ def add_optimisation_args(parser: argparse.ArgumentParser) -> None:
         help="score and keep a moving average of the weights, such as 0.999",
     )
     group.add_argument("--amp", choices=("no", "bf16", "fp16"), default="no", help="precision inside autocast")
+    cli.add_switch(group, "--sync-bn", help="batch normalisation over the batches of all processes, on GPUs")
     group.add_argument("--accumulate", type=cli.positive_int, default=1, metavar="N", help="batches for one step")
     group.add_argument(
         "--clip", type=cli.not_negative, default=0, metavar="X", help="largest gradient norm; 0: no limit"
@@ -240,6 +241,37 @@ def check_flags(args: argparse.Namespace) -> None:
             model.build_model(args.model, args.encoder, in_channels=3, num_logits=1)
     except ValueError as error:
         raise cli.UsageError(str(error)) from error
+
+
+def check_processes(args: argparse.Namespace, device: str, processes: Any) -> None:
+    """Refuse what several processes cannot do, and what only several can.
+
+    Raises:
+        cli.UsageError: names the flag and a way on.
+    """
+    import torch
+
+    if processes.world == 1:
+        if args.sync_bn:
+            raise cli.UsageError("--sync-bn joins the batches of several processes; start them with torchrun")
+        return
+    if device not in ("cpu", "cuda"):
+        raise cli.UsageError(f"--device {device}: each process takes a GPU of its own with --device cuda, or the cpu")
+    if device == "cuda" and torch.cuda.device_count() < processes.on_machine:
+        raise cli.UsageError(
+            f"{processes.on_machine} processes on a machine with {torch.cuda.device_count()} GPUs, and each needs one; "
+            "lower --nproc_per_node of torchrun, or give --cpu"
+        )
+    if args.lr_find or args.batch == "auto":
+        flag = "--lr-find" if args.lr_find else "-b auto"
+        raise cli.UsageError(f"{flag} tries what one process can do; start it without torchrun")
+    if args.batch < processes.world:
+        raise cli.UsageError(
+            f"-b {args.batch} is the batch of all {processes.world} processes together, so some would have nothing to "
+            f"learn from; give -b {processes.world} or more, or start fewer processes"
+        )
+    if args.sync_bn and device == "cpu":
+        raise cli.UsageError("--sync-bn: PyTorch joins batches on GPUs only; leave it out, each process has its own")
 
 
 def check_validation_flags(args: argparse.Namespace) -> None:

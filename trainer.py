@@ -16,8 +16,9 @@ from tqdm import tqdm
 from backends import Forward, out_of_memory, torch_forward
 from checkpoint import ModelConfig, save_checkpoint
 from dataset import Batch, EvaluationSet, TrainingBatches
-from evaluation import Evaluation, score_set, weighted_mean, worst_panels
+from evaluation import Evaluation, score_set, shared_panels, weighted_mean
 from learner import FitOptions, Learner, Progress
+from processes import ALONE, Processes
 from run_folder import MEAN_NAME, RunFolder
 from slide_scoring import LossFunction
 
@@ -48,7 +49,8 @@ def train_one_epoch(
     position = learner.progress.epoch * learner.schedule.steps  # of the schedule, right on resume with another batch
     learner.start_training(freeze_encoder=learner.progress.epoch < options.freeze_encoder)
     groups = groups_of(batches, options.accumulate)
-    with tqdm(total=len(batches), desc=f"epoch {learner.progress.epoch + 1}", leave=False, disable=None) as bar:  # type: ignore[arg-type]
+    quiet = None if learner.processes.first else True
+    with tqdm(total=len(batches), desc=f"epoch {learner.progress.epoch + 1}", leave=False, disable=quiet) as bar:  # type: ignore[arg-type]
 
         def note(value: Tensor, batch: Batch) -> None:
             nonlocal total, samples
@@ -69,6 +71,8 @@ def train_one_epoch(
             position += 1
             train_step(learner, group, loss, counts, options, note)
     watch.check()
+    learner.processes.add(counts)
+    learner.processes.same_buffers(learner.network)
     waited /= max(time.perf_counter() - begin, 1e-9)
     return {"loss": total.item() / max(1, samples), "iou": train_iou(counts, binary=binary), "waited": waited}
 
@@ -197,13 +201,15 @@ def fit(
     val_sets: Mapping[str, EvaluationSet],
     loss: LossFunction,
     options: FitOptions,
-    run: RunFolder,
+    run: RunFolder | None,
     report: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Train until the last epoch or until nothing improves; every epoch is scored, logged and saved.
 
     Args:
         val_sets: by name, the main one first unless options.weighted.
+        loss: of the samples that this process has; several processes add its sums.
+        run: where to write; None in all processes but the first.
         report: takes one line for each epoch.
 
     Raises:
@@ -212,15 +218,17 @@ def fit(
         OSError: a checkpoint could not be written; the previous one is whole.
     """
     forward = torch_forward(learner.network, str(learner.accelerator.device))
-    progress, workers = learner.progress, batches.workers
+    progress, processes, workers = learner.progress, learner.processes, batches.workers
+    shared = processes.shared_loss(loss)
     main = MEAN_NAME if options.weighted else next(iter(val_sets))
     while not is_finished(progress, options):
         begin = time.perf_counter()
         batches.set_epoch(progress.epoch)
+        processes.start_epoch(batches.sampler.seed, progress.epoch)
         lr = learner.schedule.at(progress.epoch * learner.schedule.steps)
-        train = train_one_epoch(learner, batches, loss, options, config.num_logits)
+        train = train_one_epoch(learner, batches, shared, options, config.num_logits)
         with learner.averaged():
-            scores = score_sets(forward, val_sets, loss, options, progress.epoch + 1, workers)
+            scores = score_sets(forward, val_sets, loss, options, progress.epoch + 1, workers, processes)
         result = deciding_scores(scores, val_sets, options)
         improved = note_epoch(learner, result, options)
         if result:
@@ -228,13 +236,18 @@ def fit(
         row = _epoch_row(progress.epoch, lr, train, scores, time.perf_counter() - begin)
         if options.weighted:
             row["score"] = result and _scores_of(result)
+        panels = {
+            name: shared_panels(result.worst, config, processes, options.keep_worst) for name, result in scores.items()
+        }
+        if run is None:
+            continue
         run.log_epoch(row)
-        for name, result in scores.items():
-            run.log_images(f"worst {name}", worst_panels(result.worst, config), progress.epoch)
+        for name, pictures in panels.items():
+            run.log_images(f"worst {name}", pictures, progress.epoch)
         save_epoch(learner, config, run, improved)
         report(epoch_line(row, options.epochs, main, run.best_path.name if improved else None, options.monitor))
         if progress.epoch == 1:
-            report(waiting_line(train["waited"], workers))
+            report(waiting_line(train["waited"], workers * processes.on_machine))
 
 
 def score_sets(
@@ -244,6 +257,7 @@ def score_sets(
     options: FitOptions,
     epoch: int,
     workers: int,
+    processes: Processes = ALONE,
 ) -> dict[str, Evaluation]:
     """Score the main validation set, and in every few epochs and the last one the further ones."""
     due = epoch % options.further_every == 0 or epoch == options.epochs
@@ -257,6 +271,7 @@ def score_sets(
             empty=options.empty,
             loss=loss,
             keep_worst=options.keep_worst,
+            processes=processes,
         )
         for name, data in val_sets.items()
         if due or name in main

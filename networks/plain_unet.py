@@ -11,12 +11,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-PLAIN_WIDTHS = {"plain-8": 8, "plain-12": 12, "plain-16": 16, "plain-32": 32, "plain-64": 64}
+GROUP_NORM = "-gn"  # suffix of encoders whose network has group instead of batch normalisation
+GROUP_CHANNELS = 4
+PLAIN_WIDTHS = {f"plain-{width}{norm}": width for norm in ("", GROUP_NORM) for width in (8, 12, 16, 32, 64)}
 OUTPUT_STRIDE = 16
 
 
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Group normalisation, of each image alone: what else is in the batch changes nothing.
+
+    Reference: Wu and He 2018, https://arxiv.org/abs/1803.08494
+    """
+    return nn.GroupNorm(channels // GROUP_CHANNELS, channels)
+
+
 class DoubleConv(nn.Sequential):
-    """Two times 3x3 convolution, batch normalisation, ReLU; the size stays."""
+    """Two times 3x3 convolution, batch (or group) normalisation, ReLU; the size stays."""
 
     def __init__(self, in_channels: int, out_channels: int, mid_channels: int | None = None) -> None:
         mid_channels = mid_channels or out_channels
@@ -28,6 +38,12 @@ class DoubleConv(nn.Sequential):
             nn.BatchNorm2d(out_channels),
             nn.ReLU(inplace=True),
         )
+
+    def use_groups(self) -> None:
+        """Put group normalisation in the place of batch normalisation."""
+        for place, layer in enumerate(self):
+            if isinstance(layer, nn.BatchNorm2d):
+                self[place] = group_norm(layer.num_features)
 
 
 class PlainEncoder(nn.Module):
@@ -75,12 +91,15 @@ class PlainDecoder(nn.Module):
 
 
 class PlainUnet(nn.Module):
-    """Image (N, C, H, W) of any size -> logits (N, K, H, W)."""
+    """Image (N, C, H, W) of any size -> logits (N, K, H, W); groups: with group instead of batch normalisation."""
 
-    def __init__(self, *, in_channels: int, num_logits: int, width: int) -> None:
+    def __init__(self, *, in_channels: int, num_logits: int, width: int, groups: bool = False) -> None:
         super().__init__()
         self.encoder = PlainEncoder(in_channels, width)
         self.decoder = PlainDecoder(self.encoder.out_channels)
+        if groups:
+            for block in [*self.encoder.stages, *self.decoder.blocks]:
+                block.use_groups()
         self.segmentation_head = nn.Sequential(nn.Conv2d(self.decoder.out_channels, num_logits, 1))
         self.initialize()
 

@@ -1,0 +1,531 @@
+"""Several processes give what one gives: batches, losses with gradients, scores, whole runs; what ends all of them."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from discs import write_dataset, write_split
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import Dataset
+
+import evaluation
+import processes
+import train_options
+from augmentations import Augmentation
+from checkpoint import Geometry, ModelConfig
+from classes import ClassMap
+from cli import UsageError
+from dataset import EpochSampler, EvaluationSet, TrainingBatches, TrainingSet
+from image_io import IGNORE_INDEX
+from learner import has_idle_weights
+from losses import build_loss
+from mixing import Mixing
+from model import build_model
+from pairing import FileOptions, find_split
+from shared_batches import SharedBatches, part_of_set
+from shares import part_of
+
+ROOT = Path(__file__).resolve().parent.parent
+GROUPS = ["-m", "plain-unet", "--encoder", "plain-8-gn", "--encoder-weights", "none"]
+COMMON = ["--image-size", "32", "-a", "light", "--cpu", "--worst", "2", "-e", "3"]
+
+# Runs jobs, each in so many forks that see what torchrun tells its processes; the imports are paid for once.
+DRIVER = """
+import json, os, socket, sys
+import torch
+torch.set_num_threads(1)
+import augmentations, checkpoint, evaluation, losses, model, run_folder, shares, train, trainer
+import processes as team
+
+def gradients(out):
+    shared, results = json.load(open(out)), {}
+    with team.join_processes("cpu") as processes:
+        for name, (expression, num_logits, weights, smoothing) in shared["losses"].items():
+            weights = torch.tensor(weights) if weights else None
+            loss = losses.build_loss(
+                expression, num_logits=num_logits, class_weights=weights, label_smoothing=smoothing
+            )
+            logits, mask = torch.load(shared["tensors"], weights_only=True)[str(num_logits)]
+            rows = shares.part_of(len(logits), processes.rank, processes.world)
+            own = logits[rows].clone().requires_grad_()
+            value = processes.shared_loss(loss)(own, mask[rows])
+            value.backward()
+            results[name] = (value.detach(), own.grad / processes.world)
+        torch.save(results, f"{out}.{processes.rank}")
+
+def broken_image_of_rank_1(words):
+    import evaluation
+    score, calls = evaluation.score_set, []
+    def breaking(*args, processes, **options):
+        calls.append(1)
+        if len(calls) == 2 and processes.rank == 1:
+            raise ValueError("val/images/b6.png: broken in the middle of the run")
+        return score(*args, processes=processes, **options)
+    trainer.score_set = breaking
+    train.main(words)
+
+def work(words):
+    if words[0] == "gradients":
+        gradients(words[1])
+    elif words[0] == "broken":
+        broken_image_of_rank_1(words[1:])
+    else:
+        train.main(words)
+
+for name, (world, words) in json.load(open(sys.argv[1])).items():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children, log = [], sys.argv[1] + "." + name
+    for rank in range(world):
+        child = os.fork()
+        if child == 0:
+            for number in (1, 2):
+                os.dup2(os.open(f"{log}.{rank}.{number}", os.O_CREAT | os.O_WRONLY, 0o644), number)
+            if world > 1:
+                told = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world)
+                told |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+                os.environ.update({key: str(value) for key, value in told.items()})
+            status = 0
+            try:
+                work(words)
+            except SystemExit as end:
+                status = end.code or 0
+            except BaseException:
+                import traceback
+                traceback.print_exc()
+                status = 99
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        children.append(child)
+    print(name, *(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children), flush=True)
+"""
+
+
+def start(folder, jobs):
+    """Run jobs {name: (processes, words)}; the exit status of every process, by job."""
+    path = folder / "jobs.json"
+    path.write_text(json.dumps(jobs))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", DRIVER, str(path)], cwd=ROOT, capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == 0, result.stderr
+    lines = [line.split() for line in result.stdout.splitlines()]
+    return {name: [int(status) for status in statuses] for name, *statuses in lines}
+
+
+def said(folder, name, rank, stream):
+    """What a process of a job wrote: stream 1 is stdout, 2 stderr."""
+    return (folder / f"jobs.json.{name}.{rank}.{stream}").read_text()
+
+
+def words_for(data, logs, name, *more):
+    return [str(word) for word in ["-d", data, "-log", logs, "--exp-name", name, *GROUPS, *COMMON, "-w", 0, *more]]
+
+
+# ---- parts ----
+
+
+@given(st.integers(0, 40), st.integers(1, 9))
+def test_parts_are_everything_once_and_alike(length, world):
+    parts = [list(range(length))[part_of(length, rank, world)] for rank in range(world)]
+    assert [item for part in parts for item in part] == list(range(length))
+    sizes = [len(part) for part in parts]
+    assert max(sizes) - min(sizes) <= 1 and sizes == sorted(sizes, reverse=True)
+
+
+def make_config(**changes):
+    values = {
+        "architecture": "plain-unet",
+        "encoder": "plain-8-gn",
+        "labels": (255,),
+        "class_names": ("background", "255"),
+        "channels": tuple("rgb"),
+        "mean": (100.0,) * 3,
+        "std": (50.0,) * 3,
+        "geometry": Geometry("resize", (32, 32)),
+        "stride": 16,
+        "min_side": 16,
+    }
+    return ModelConfig(**(values | changes))
+
+
+CROPS = Geometry("crops", (16, 16), tile=32, overlap=16, halo=0)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize(
+    ("images", "batch", "crops", "workers", "mix"),
+    [(7, 4, 0, 0, None), (8, 3, 0, 0, "cutmix"), (5, 4, 6, 0, "mosaic"), (5, 7, 6, 2, None), (2, 3, 1, 0, None)],
+)
+def test_processes_share_the_very_batches_of_one(tmp_path, world, images, batch, crops, workers, mix):
+    folder = write_split(tmp_path / "split", [f"i{i}" for i in range(images)])
+    config = make_config(geometry=CROPS) if crops else make_config()
+    classes, present = ClassMap.from_config(config), [(1,)] * images
+    mixing = Mixing(mix, 0.7, present, together=crops > 0) if mix else None
+    augmentation = Augmentation("hard", rgb=True, value_range=(0, 255))
+    data = TrainingSet(find_split(folder, None, FileOptions()).pairs, classes, config, augmentation, mixing)
+    options = {"batch": batch, "workers": workers, "pin": False}
+
+    def sampler():
+        return EpochSampler(present, crops=max(1, crops), quota=0.4, seed=3)
+
+    whole = TrainingBatches(data, sampler(), **options)
+    shares = [SharedBatches(data, sampler(), **options, rank=rank, world=world) for rank in range(world)]
+    for epoch in (0, 1):
+        for batches in (whole, *shares):
+            batches.set_epoch(epoch)
+        seen = 0
+        for one, *parts in zip(whole, *shares, strict=True):
+            assert {part.names for part in parts} == {one.names}
+            filled = [rank < len(one.names) for rank in range(world)]
+            full = [part for part, is_full in zip(parts, filled, strict=True) if is_full]
+            assert torch.equal(torch.cat([part.images for part in full]), one.images)
+            assert torch.equal(torch.cat([part.masks for part in full]), one.masks)
+            for part in parts[sum(filled) :]:
+                assert part.images.shape[0] == 1 and (part.masks == IGNORE_INDEX).all()
+            seen += len(one.names)
+        assert seen == images * max(1, crops)
+        assert [len(batches) for batches in shares] == [len(whole)] * world
+
+
+def test_each_process_loads_its_own_samples_alone():
+    """Every sample is loaded once by all processes together, and waits for no more than its batch."""
+    loaded = []
+
+    class Numbered(Dataset):
+        sample_bytes = 1
+        pairs = [type("Pair", (), {"name": str(number)})() for number in range(9)]
+
+        def __getitem__(self, slots):
+            loaded.extend((slot.image, slot.seed) for slot in slots)
+            return [(str(slot.image), np.zeros((1, 2, 2), np.float32), np.zeros((2, 2), np.uint8)) for slot in slots]
+
+    for rank in range(2):
+        sampler = EpochSampler([(1,)] * 9, crops=4, quota=0, seed=0)
+        deepest = 0
+        for number, _ in enumerate(
+            SharedBatches(Numbered(), sampler, batch=4, workers=0, pin=False, rank=rank, world=2), 1
+        ):
+            deepest = max(deepest, len(loaded) - 18 * rank - 2 * number)
+        assert deepest <= 20
+    assert len(loaded) == len(set(loaded)) == 36
+
+
+# ---- losses ----
+
+LOSSES = {
+    "bce": ("bce", 1, None, 0),
+    "weighted": ("bce", 1, [0.3, 2.0], 0),
+    "smoothed": ("0.5*ce+dice", 3, [1.0, 2.0, 0.5], 0.1),
+    "focal": ("focal(gamma=2)", 3, None, 0),
+    "dice": ("dice", 1, None, 0),
+    "dice of classes": ("dice", 3, None, 0),
+    "jaccard": ("jaccard", 3, None, 0),
+    "tversky": ("tversky(alpha=0.3, beta=0.7)", 1, None, 0),
+    "all": ("0.3*ce+0.7*dice+0.2*jaccard+focal", 3, [1.0, 2.0, 0.5], 0),
+}
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def gradients(request, tmp_path_factory):
+    folder, rng = tmp_path_factory.mktemp("losses"), torch.Generator().manual_seed(0)
+    tensors = {}
+    for num_logits in (1, 3):
+        logits = torch.randn(5, num_logits, 8, 8, generator=rng) * 2
+        mask = torch.randint(0, max(2, num_logits), (5, 8, 8), generator=rng)
+        mask[0, :7] = mask[3, :2] = IGNORE_INDEX  # the processes count different numbers of pixels,
+        if request.param == 3:
+            mask[4:] = IGNORE_INDEX  # the last of three none at all,
+        mask[:3][mask[:3] == num_logits - 1] = 0  # and one class is in the part of one of them only
+        tensors[str(num_logits)] = (logits, mask)
+    torch.save(tensors, folder / "tensors")
+    (folder / "out").write_text(json.dumps({"losses": LOSSES, "tensors": str(folder / "tensors")}))
+    assert start(folder, {"job": (request.param, ["gradients", str(folder / "out")])})["job"] == [0] * request.param
+    return tensors, [torch.load(f"{folder / 'out'}.{rank}", weights_only=True) for rank in range(request.param)]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_mean_gradient_over_processes_is_that_of_one(gradients, name):
+    tensors, results = gradients
+    expression, num_logits, weights, smoothing = LOSSES[name]
+    weights = torch.tensor(weights) if weights else None
+    loss = build_loss(expression, num_logits=num_logits, class_weights=weights, label_smoothing=smoothing)
+    logits, mask = tensors[str(num_logits)]
+    logits = logits.clone().requires_grad_()
+    value = loss(logits, mask)
+    value.backward()
+    for theirs, _ in (result[name] for result in results):
+        torch.testing.assert_close(theirs, value.detach())
+    torch.testing.assert_close(torch.cat([result[name][1] for result in results]), logits.grad)
+    means = [loss(logits[part], mask[part]).item() for part in (slice(0, 3), slice(3, 5))]
+    assert abs(np.mean(means) - value.item()) > 1e-5  # the mean of the processes' losses would be another
+
+
+# ---- scores ----
+
+
+class Recorded(processes.Processes):
+    """One of several processes, of which each is evaluated in turn, and then again with what all of them gave."""
+
+    def __init__(self, rank, world, given):
+        self.rank, self.world, self.given = rank, world, given
+
+    def gather(self, value):
+        if len(self.given) < self.world:
+            self.given.append(copy.deepcopy(value))
+        return copy.deepcopy(self.given)
+
+
+@pytest.mark.parametrize("world", [2, 3, 9])
+def test_images_are_scored_once_by_all_processes(tmp_path, world):
+    pairs = find_split(
+        write_split(tmp_path / "split", "abcdefg", sizes=((32, 32), (40, 36))), None, FileOptions()
+    ).pairs
+    config = make_config(batch=3)
+    data = EvaluationSet(pairs, ClassMap.from_config(config), config)
+
+    def forward(images):
+        return 1 / (1 + np.exp(-images[:, :1].astype(np.float64))).astype(np.float32)
+
+    options = {"workers": 0, "empty": "skip", "loss": build_loss("dice", num_logits=1), "keep_worst": 3}
+    one, given = evaluation.score_set(forward, data, **options), []
+    for rank in range(world):
+        evaluation.score_set(forward, data, **options, processes=Recorded(rank, world, given))
+    assert [len(scorer.names) for _, scorer in given] == [
+        len(part_of_set(data, rank, world).pairs) for rank in range(world)
+    ]
+    shown = []
+    for rank in range(world):
+        several = evaluation.score_set(forward, data, **options, processes=Recorded(rank, world, given))
+        assert several.loss == one.loss and several.summary == one.summary
+        assert several.scorer.names == one.scorer.names == [pair.name for pair in pairs]
+        evaluation.shared_panels(several.worst, config, Recorded(rank, world, shown), 3)
+    panels = evaluation.shared_panels([], config, Recorded(0, world, shown), 3)
+    expected = evaluation.worst_panels(one.worst, config)
+    assert len(panels) == 3 and all(np.array_equal(a, b) for a, b in zip(panels, expected, strict=True))
+
+
+# ---- whole runs ----
+
+RUNS = {  # images, words
+    "bce": (7, ["--loss", "bce", "-b", 3]),  # batches of 3, 3, 1: one process has nothing of the last
+    "dice": (8, ["--loss", "dice", "-b", 4, "-sc", "constant"]),
+    "many": (7, ["--loss", "0.5*ce+0.5*tversky", "-b", 4, "--class-weights", 1, 3, "--accumulate", 2, "--clip", 0.1]),
+    "more": (7, ["--loss", "jaccard", "-b", 5, "--ema", 0.9, "--freeze-encoder", 1, "--encoder-lr-scale", 0.1]),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    data = {images: write_dataset(folder / f"data{images}", images, 7) for images in (7, 8)}
+    for images in data.values():  # each image counts in another part of it
+        for place, path in enumerate(sorted((images / "train" / "gt").iterdir())):
+            write_roi(images / "train" / "fov" / path.name, place)
+            for other in (images / "val" / "gt").iterdir():
+                write_roi(images / "val" / "fov" / other.name, 0)
+    jobs = {}
+    for name, (images, words) in RUNS.items():
+        for world in (1, 2):
+            more = [*words, "--roi-dir", "fov"]
+            jobs[f"{name}{world}"] = (world, words_for(data[images], folder / "logs", f"{name}{world}", *more))
+    again = [*RUNS["dice"][1], "--roi-dir", "fov"]
+    jobs["resumed2"] = (2, [*words_for(data[8], folder / "logs", "resumed", *again), "-e", "2"])
+    jobs["resumed1"] = (1, words_for(data[8], folder / "logs", "resumed", *again))
+    batches = [*words_for(data[7], folder / "logs", "batchnorm", "-b", 3), "--encoder", "plain-8", "-w", "2"]
+    jobs["batchnorm"] = (2, batches)
+    jobs["few"] = (2, words_for(data[7], folder / "logs", "few", "-b", 1))
+    jobs["unknown"] = (2, words_for(data[7], folder / "logs", "unknown", "--loss", "nothing"))
+    jobs["misspelt"] = (2, words_for(data[7], folder / "logs", "misspelt", "--los", "bce"))
+    jobs["broken"] = (2, ["broken", *words_for(data[7], folder / "logs", "broken", "-b", 3)])
+    return folder, start(folder, jobs)
+
+
+def write_roi(path, place):
+    from image_io import write_mask
+
+    roi = np.zeros((32, 32), np.uint8)
+    roi[: 32 - 4 * place] = 255
+    write_mask(path, roi)
+
+
+def read_rows(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in ("seconds", "waited")} for row in rows]
+
+
+def assert_near(ours, theirs, where=""):
+    """Everything the same, numbers to 1e-4."""
+    assert type(ours) is type(theirs), where
+    if isinstance(ours, dict):
+        assert list(ours) == list(theirs), where
+        for key in ours:
+            assert_near(ours[key], theirs[key], f"{where}/{key}")
+    elif isinstance(ours, list):
+        assert len(ours) == len(theirs), where
+        for place, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            assert_near(a, b, f"{where}/{place}")
+    elif isinstance(ours, torch.Tensor) and ours.dtype != torch.uint8:
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0, msg=where)
+    elif isinstance(ours, float):
+        assert ours == pytest.approx(theirs, abs=1e-4), where
+
+
+def assert_same_run(logs, ours, theirs):
+    assert len(read_rows(logs / ours)) == 3
+    assert_near(read_rows(logs / ours), read_rows(logs / theirs))
+    first, second = (torch.load(logs / name / "last_checkpoint", weights_only=True) for name in (ours, theirs))
+    for key in ("model_state_dict", "ema_state_dict", "progress", "optimizer_state_dict"):
+        assert_near(
+            {k: v for k, v in first[key].items() if k != "seconds"},
+            {k: v for k, v in second[key].items() if k != "seconds"},
+            key,
+        )
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_train_as_one(runs, name):
+    folder, statuses = runs
+    assert statuses[f"{name}1"] == [0] and statuses[f"{name}2"] == [0, 0], said(folder, f"{name}2", 0, 2)
+    assert_same_run(folder / "logs", f"{name}1", f"{name}2")
+
+
+def test_a_run_goes_on_with_another_number_of_processes(runs):
+    folder, statuses = runs
+    assert statuses["resumed2"] == [0, 0] and statuses["resumed1"] == [0]
+    assert_same_run(folder / "logs", "dice1", "resumed")
+
+
+def test_the_first_process_alone_speaks_and_writes(runs):
+    folder, _ = runs
+    assert said(folder, "bce2", 0, 1).count("epoch 3/3") == 1 and "2 processes" in said(folder, "bce2", 0, 1)
+    assert said(folder, "bce2", 1, 1) == said(folder, "bce2", 1, 2) == ""
+    files = {
+        name: sorted(path.name.split(".")[0] for path in (folder / "logs" / name).iterdir()) for name in RUNS_OF_BCE
+    }
+    assert [name.replace("bce2", "bce1") for name in files["bce2"]] == files["bce1"]
+
+
+RUNS_OF_BCE = ("bce1", "bce2")
+
+
+def test_batch_normalisation_learns_from_each_process_alone(runs):
+    folder, statuses = runs
+    assert statuses["batchnorm"] == [0, 0], said(folder, "batchnorm", 0, 2)
+    rows = read_rows(folder / "logs" / "batchnorm")
+    assert len(rows) == 3 and all(np.isfinite(row["train"]["loss"]) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "message"),
+    [
+        ("few", 2, "-b 1 is the batch of all 2 processes together"),
+        ("unknown", 2, "unknown name 'nothing'"),
+        ("misspelt", 2, "unrecognized arguments: --los bce"),
+    ],
+)
+def test_wrong_flags_are_said_once(runs, name, status, message):
+    folder, statuses = runs
+    assert statuses[name][0] == status and message in said(folder, name, 0, 2)
+    assert said(folder, name, 1, 1) == said(folder, name, 1, 2) == ""
+
+
+def test_an_error_of_one_process_ends_all_with_its_message(runs):
+    folder, statuses = runs
+    assert statuses["broken"] == [1, 1]
+    assert "b6.png: broken in the middle of the run" in said(folder, "broken", 1, 2)
+    assert said(folder, "broken", 0, 2) == ""
+    assert len(read_rows(folder / "logs" / "broken")) == 1
+
+
+# ---- what is refused, and what DDP must know ----
+
+
+def options_of(**changes):
+    words = {"batch": 4, "sync_bn": False, "lr_find": False}
+    return type("Args", (), words | changes)()
+
+
+def several(world=2):
+    team = processes.Processes()
+    team.world = team.on_machine = world
+    return team
+
+
+@pytest.mark.parametrize(
+    ("device", "world", "changes", "message"),
+    [
+        ("cpu", 1, {"sync_bn": True}, "start them with torchrun"),
+        ("cpu", 2, {"sync_bn": True}, "on GPUs only"),
+        ("mps", 2, {}, "each process takes a GPU of its own"),
+        ("cuda:1", 2, {}, "each process takes a GPU of its own"),
+        ("cuda", 99, {"batch": 99}, "99 processes on a machine with"),
+        ("cpu", 5, {}, "give -b 5 or more"),
+    ],
+)
+def test_what_processes_cannot_do_is_refused(device, world, changes, message):
+    with pytest.raises(UsageError, match=message):
+        train_options.check_processes(options_of(**changes), device, several(world))
+
+
+def test_loader_processes_are_divided():
+    assert [several(world).workers(wanted) for world, wanted in ((1, 5), (2, 4), (2, 5), (4, 1), (2, 0))] == [
+        5,
+        2,
+        3,
+        1,
+        0,
+    ]
+
+
+def test_weights_that_nothing_uses_are_noticed():
+    used = build_model("plain-unet", "plain-8", in_channels=3, num_logits=1)
+    assert not has_idle_weights(used, (3, 32, 32)) and used.training
+    used.spare = torch.nn.Linear(2, 2)
+    assert has_idle_weights(used, (3, 32, 32))
+
+
+# ---- a killed process ----
+
+
+def test_a_killed_process_ends_all_with_a_message(tmp_path):
+    data = write_dataset(tmp_path / "data", 7, 3)
+    words = [*words_for(data, tmp_path / "logs", "run", "-b", 3), "-e", "1000"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    with (tmp_path / "out").open("w") as out:
+        torchrun = subprocess.Popen([*command, "train.py", *words], cwd=ROOT, stdout=out, stderr=out)
+    try:
+        wait_for(lambda: "epoch 2/1000" in (tmp_path / "out").read_text() or torchrun.poll() is not None)
+        import psutil
+
+        children = psutil.Process(torchrun.pid).children()
+        (victim,) = [child for child in children if child.environ().get("RANK") == "1"]
+        victim.kill()
+        assert torchrun.wait(timeout=60) == 1
+    finally:
+        torchrun.kill()
+    text = (tmp_path / "out").read_text()
+    assert f"train.py: error: process 1 (pid {victim.pid}) of 2 ended without a word" in text
+    assert "the same command goes on from the last finished epoch" in text and text.count("train.py: error") == 1
+    assert not list((tmp_path / "logs" / "run").glob(".*"))
+    epochs = [row["epoch"] for row in read_rows(tmp_path / "logs" / "run")]
+    saved = torch.load(tmp_path / "logs" / "run" / "last_checkpoint", weights_only=True)["epoch"]
+    assert epochs == list(range(1, len(epochs) + 1)) and saved in (len(epochs), len(epochs) - 1)
+
+
+def wait_for(condition, seconds=120):
+    begin = time.monotonic()
+    while not condition():
+        assert time.monotonic() - begin < seconds
+        time.sleep(0.05)
