@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import cli
+import model_list
 import tracking
 from train_options import (
     add_fold_args,
@@ -37,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Flags of train.py."""
     parser = cli.make_parser("Train a segmentation network on labelled images.")
     cli.add_recipe_args(parser)
+    model_list.add_list_args(parser)
     cli.add_data_args(parser)
     add_network_args(parser)
     add_sample_args(parser)

@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="run folders, or folders that hold them")
     group = parser.add_argument_group("table")
     group.add_argument("--sort", choices=SORTS, default="iou", help="best first; times: shortest first")
-    group.add_argument("--val-set", metavar="NAME", help="validation set whose scores are shown; default: the first")
+    group.add_argument("--val-set", metavar="NAME", help="validation set whose scores are shown; default: what decided")
     cli.add_switch(group, "--each", help="a row for each run instead of one for each set of flags")
     group.add_argument("-o", "--output", type=Path, metavar="FILE", help="also write the table as csv, with all runs")
     group.add_argument("--decimal", choices=("comma", "dot"), default="comma", help="decimal sign in csv files")
@@ -130,7 +130,7 @@ def read_run(path: Path, name: str, val_set: str | None) -> Run:
     monitor = str(run.flags.get("monitor", "iou"))
     try:
         run.scores = best_scores(rows, val_set, monitor)
-    except (KeyError, TypeError, ValueError, AttributeError, StopIteration) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         run.state = f"broken: metrics.jsonl holds no scores ({type(error).__name__} {error})".strip()
         return run
     run.state = damage or unfinished(run)
@@ -163,11 +163,8 @@ def best_scores(rows: Sequence[Mapping[str, Any]], val_set: str | None, monitor:
     """
     found = []
     for row in rows:
-        sets = row["val"]
-        name = val_set or next(iter(sets))
-        if name not in sets:
-            raise ValueError(f"no validation set {name!r}, there are {', '.join(sets)}")
-        found.append({**{key: number(sets[name].get(key)) for key in METRICS}, "epoch": float(row["epoch"])})
+        if values := scores_of(row, val_set):
+            found.append({**{key: number(values.get(key)) for key in METRICS}, "epoch": float(row["epoch"])})
     key = monitor if monitor in METRICS else "iou"
     scored = [scores for scores in found if not math.isnan(scores[key])]
     if not scored:
@@ -175,6 +172,20 @@ def best_scores(rows: Sequence[Mapping[str, Any]], val_set: str | None, monitor:
     best = (min if key == "loss" else max)(scored, key=lambda scores: scores[key])
     seconds = sum(number(row.get("seconds")) for row in rows)
     return {**best, "epochs": float(rows[-1]["epoch"]), "seconds": seconds}
+
+
+def scores_of(row: Mapping[str, Any], val_set: str | None) -> Mapping[str, Any] | None:
+    """Scores of an epoch: of the set that was asked for, else of what decided; None where it was not scored.
+
+    Raises:
+        ValueError: there is no such validation set.
+    """
+    sets = row["val"]
+    if val_set is None:
+        return row["score"] if "score" in row else next(iter(sets.values()), None)
+    if sets and val_set not in sets:
+        raise ValueError(f"no validation set {val_set!r}, there are {', '.join(sets)}")
+    return sets.get(val_set)
 
 
 def number(value: Any) -> float:

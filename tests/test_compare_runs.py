@@ -165,6 +165,17 @@ def test_another_validation_set(tmp_path, capsys):
     assert "no validation set 'corn', there are peas, beans" in compare(capsys, tmp_path, "--val-set", "corn")[-1]
 
 
+def test_a_mean_over_sets_that_decided_is_what_counts(tmp_path, capsys):
+    path = write_run(tmp_path, "a", [0.1, 0.2, 0.3])
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    rows[0] |= {"val": {}, "score": None}
+    rows[1]["score"] = {"loss": 0.5, "iou": 0.9, "dice": 0.95}
+    rows[2]["score"] = {"loss": 0.5, "iou": 0.8, "dice": 0.9}
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert compare(capsys, tmp_path)[2].split()[1:5] == ["0.9000", "0.9500", "0.5000", "2"]
+    assert compare(capsys, tmp_path, "--val-set", "beans")[2].split()[1:5] == ["0.3000", "0.4615", "0.7000", "3"]
+
+
 def test_folders_without_runs(tmp_path, capsys):
     code, error = refused(capsys, tmp_path)
     assert code == 1 and "no run in" in error and "metrics.jsonl" in error

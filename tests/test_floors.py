@@ -46,7 +46,7 @@ FLOORS = (
         "slide_writer",
         "weights",
     },
-    {"memory", "onnx_export", "unlike"},
+    {"memory", "model_list", "onnx_export", "unlike"},
     {"export_graph", "quantisation"},
     {"torchscript"},
     {"backends", "classes", "geojson", "outputs", "pictures", "result_record", "tissue"},

@@ -219,6 +219,15 @@ def test_validate_takes_a_named_checkpoint(clone, tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
-def test_make_passes_arguments_on():
-    command = ["make", "-n", "-C", str(ROOT), "run_training", "ARGS=--epochs 1"]
-    assert "bash train.sh --epochs 1" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("install_all", "bash setup.sh --dev"),
+        ("run_training", "bash train.sh --epochs 1"),
+        ("run_annotation", "annotate.py --epochs 1"),
+        ("test", "bash test.sh --epochs 1"),
+    ],
+)
+def test_make_passes_arguments_on(target, expected):
+    command = ["make", "-n", "-C", str(ROOT), target, "ARGS=--epochs 1"]
+    assert expected in subprocess.run(command, capture_output=True, text=True, check=True).stdout
