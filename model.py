@@ -85,6 +85,22 @@ def resolve_encoder(name: str, architecture: str = "unet") -> str:
     )
 
 
+def list_encoders() -> list[str]:
+    """Names of all encoders: of plain-unet, smp's own, timm's with `tu-`."""
+    import segmentation_models_pytorch as smp
+    import timm
+
+    return [*PLAIN_WIDTHS, *smp.encoders.get_encoder_names(), *(f"tu-{name}" for name in timm.list_models())]
+
+
+def published_side(encoder: str) -> int:
+    """Side of the images that an encoder was published for; 256 where it does not say."""
+    import timm
+
+    config = timm.get_pretrained_cfg(encoder.removeprefix("tu-")) if encoder.startswith("tu-") else None
+    return int(config.input_size[-1]) if config and config.input_size else 256
+
+
 def _suggest(name: str, names: Sequence[str]) -> str:
     close = difflib.get_close_matches(name.lower(), names, n=4, cutoff=0.6)
     return f" (did you mean {' or '.join(dict.fromkeys(close))}?)" if close else ""

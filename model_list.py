@@ -87,13 +87,9 @@ def known_encoders(sizes: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
         name: importlib.metadata.version(name) for name in sizes["versions"]
     }:
         return on_file
-    import segmentation_models_pytorch as smp
-    import timm
+    from model import list_encoders
 
-    from model import PLAIN_WIDTHS
-
-    names = [*PLAIN_WIDTHS, *smp.encoders.get_encoder_names(), *(f"tu-{name}" for name in timm.list_models())]
-    return {name: on_file.get(name, (0, "")) for name in names}
+    return {name: on_file.get(name, (0, "")) for name in list_encoders()}
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -147,7 +143,7 @@ def measure_encoder(name: str) -> tuple[int, str]:
     """Parameters of an encoder with three channels, and a key of FITS; nothing is downloaded."""
     import torch
 
-    from model import BUILD_ERRORS, PLAIN_UNET, PLAIN_WIDTHS, build_model, build_smp, count_parameters
+    from model import BUILD_ERRORS, PLAIN_UNET, PLAIN_WIDTHS, build_model, build_smp, count_parameters, published_side
 
     if name in PLAIN_WIDTHS:
         own: Any = build_model(PLAIN_UNET, name, in_channels=3, num_logits=1)
@@ -167,14 +163,6 @@ def measure_encoder(name: str) -> tuple[int, str]:
                     network = build_smp(architecture, name, None, in_channels=3, classes=1)
                     return count_parameters(network.encoder), fits
     return 0, "none"
-
-
-def published_side(name: str) -> int:
-    """Side of the images that an encoder was published for, a multiple of 32 where it does not say."""
-    import timm
-
-    config = timm.get_pretrained_cfg(name.removeprefix("tu-")) if name.startswith("tu-") else None
-    return int(config.input_size[-1]) if config and config.input_size else 256
 
 
 def measure_architecture(name: str) -> int:

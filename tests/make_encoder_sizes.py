@@ -12,7 +12,7 @@ from pathlib import Path
 import segmentation_models_pytorch as smp
 import timm
 
-from model import ARCHITECTURES, PLAIN_WIDTHS
+from model import ARCHITECTURES, list_encoders
 from model_list import SIZES_FILE, measure_architecture, measure_encoder
 
 MEMORY = 8 << 30  # bytes
@@ -22,7 +22,7 @@ def main() -> None:
     """Build every network once on the meta device, where weights take no memory."""
     warnings.simplefilter("ignore")
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))  # the largest must not take the machine with them
-    names = [*PLAIN_WIDTHS, *smp.encoders.get_encoder_names(), *(f"tu-{name}" for name in timm.list_models())]
+    names = list_encoders()
     encoders = {}
     for number, name in enumerate(names):
         encoders[name] = measure_encoder(name)
