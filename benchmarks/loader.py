@@ -9,6 +9,7 @@ Examples:
 training batches of it. Ours and the plain list take turns on every image, so both see the same load of the computer.
 The plain lists are the predecessor's sets as one would write them for albumentations 2.0.8; "no fog" leaves RandomFog
 out, which alone takes seconds when its coefficient is small. Where the library refuses a format, a dash stands.
+The library is no part of requirements.txt: pip install -r requirements-dev.txt.
 """
 
 import argparse

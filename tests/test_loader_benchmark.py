@@ -6,6 +6,8 @@ import pytest
 from augmentations import PRESETS
 from benchmarks import loader
 
+pytestmark = pytest.mark.filterwarnings("ignore:This augmenter is very slow")  # the library's own opinion
+
 
 def test_presets_are_timed_beside_the_plain_lists(capsys):
     loader.main(["presets", "--only", "safe", "medium", "--images", "2", "--size", "64", "--all-formats"])
