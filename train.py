@@ -23,6 +23,7 @@ from train_options import (
     add_sample_args,
     add_schedule_args,
     add_validation_args,
+    build_config,
     check_flags,
     check_processes,
     class_weights,
@@ -31,7 +32,6 @@ from train_options import (
 )
 
 DEFAULT_BATCH, GPU_BATCH = 6, 16  # the second is what `auto` begins with on a GPU
-MAX_STRIDE = 64  # of networks that take any multiple of it; more is the one size that a fixed network takes
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -176,56 +176,6 @@ def prepare_data(args: argparse.Namespace, run_dir: Path, checked: Any) -> Data:
         rgb=checked.train[0].channels == 3,
         dtype=checked.train[0].layers[0].dtype,
         slides=checked.slides,
-    )
-
-
-def build_config(args: argparse.Namespace, data: Data, stride: int, min_side: int) -> Any:
-    """Describe the network and how pixels meet it.
-
-    Raises:
-        ValueError: a size that the network cannot take.
-    """
-    from checkpoint import Geometry, ModelConfig
-
-    size = (args.image_size[0], args.image_size[-1])
-    for side in size:
-        if side % stride or side < min_side:
-            fit = max(-(-min_side // stride), round(side / stride)) * stride
-            raise ValueError(
-                f"--image-size {side}: {args.model} takes multiples of {stride} from {min_side} on; try {fit}"
-            )
-    if args.crops and stride > MAX_STRIDE:
-        raise ValueError(f"{args.encoder} takes images of {stride}x{stride} only: leave --crops out, or take another")
-    if args.crops:
-        tile = max(min(1024, 4 * max(size)), *size)
-        scale = {"reduction": data.slides.reduction, "mpp": data.slides.mpp}
-        geometry = Geometry("crops", size, tile=tile, overlap=tile // 4, halo=tile // 16, **scale)
-    else:
-        geometry = Geometry("resize", size)
-    return ModelConfig(
-        architecture=args.model,
-        encoder=args.encoder,
-        labels=data.classes.labels,
-        class_names=data.classes.names,
-        channels=data.channels,
-        mean=data.statistics.mean,
-        std=data.statistics.std,
-        geometry=geometry,
-        ignore_label=args.ignore_label,
-        mask_threshold=args.mask_threshold,
-        max_mask_val=args.max_mask_val,
-        add_dirs=tuple(args.add_dirs),
-        roi_dir=args.roi_dir,
-        preprocess=tuple(args.preprocess),
-        dtype=data.dtype,
-        value_range=data.statistics.value_range,
-        image_means=data.statistics.image_means,
-        stride=stride,
-        min_side=min_side,
-        batch=args.batch,
-        val_share=0.0 if args.folds or args.use_only_add_val else args.val_share,
-        group_pattern=args.group_pattern,
-        tissue=data.slides.tissue,
     )
 
 

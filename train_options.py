@@ -6,6 +6,8 @@ from typing import Any
 
 import cli
 
+MAX_STRIDE = 64  # of networks that take any multiple of it; more is the one size that a fixed network takes
+
 
 def add_network_args(parser: argparse.ArgumentParser) -> None:
     """Add the flags about the network."""
@@ -380,4 +382,54 @@ def fit_options(args: argparse.Namespace) -> Any:
         empty=args.empty,
         further_every=args.adv_freq,
         weighted=args.use_only_add_val,
+    )
+
+
+def build_config(args: argparse.Namespace, data: Any, stride: int, min_side: int) -> Any:
+    """Describe the network and how pixels meet it.
+
+    Raises:
+        ValueError: a size that the network cannot take.
+    """
+    from checkpoint import Geometry, ModelConfig
+
+    size = (args.image_size[0], args.image_size[-1])
+    for side in size:
+        if side % stride or side < min_side:
+            fit = max(-(-min_side // stride), round(side / stride)) * stride
+            raise ValueError(
+                f"--image-size {side}: {args.model} takes multiples of {stride} from {min_side} on; try {fit}"
+            )
+    if args.crops and stride > MAX_STRIDE:
+        raise ValueError(f"{args.encoder} takes images of {stride}x{stride} only: leave --crops out, or take another")
+    if args.crops:
+        tile = max(min(1024, 4 * max(size)), *size)
+        scale = {"reduction": data.slides.reduction, "mpp": data.slides.mpp}
+        geometry = Geometry("crops", size, tile=tile, overlap=tile // 4, halo=tile // 16, **scale)
+    else:
+        geometry = Geometry("resize", size)
+    return ModelConfig(
+        architecture=args.model,
+        encoder=args.encoder,
+        labels=data.classes.labels,
+        class_names=data.classes.names,
+        channels=data.channels,
+        mean=data.statistics.mean,
+        std=data.statistics.std,
+        geometry=geometry,
+        ignore_label=args.ignore_label,
+        mask_threshold=args.mask_threshold,
+        max_mask_val=args.max_mask_val,
+        add_dirs=tuple(args.add_dirs),
+        roi_dir=args.roi_dir,
+        preprocess=tuple(args.preprocess),
+        dtype=data.dtype,
+        value_range=data.statistics.value_range,
+        image_means=data.statistics.image_means,
+        stride=stride,
+        min_side=min_side,
+        batch=args.batch,
+        val_share=0.0 if args.folds or args.use_only_add_val else args.val_share,
+        group_pattern=args.group_pattern,
+        tissue=data.slides.tissue,
     )
