@@ -39,8 +39,9 @@ COMMON = ["--image-size", "32", "-a", "light", "--cpu", "--worst", "2", "-e", "3
 
 # Runs jobs, each in so many forks that see what torchrun tells its processes; the imports are paid for once.
 DRIVER = """
-import json, os, socket, sys
-import torch
+import json, os, signal, socket, sys
+import matplotlib.backends.backend_agg
+import torch, torch._dynamo, torch.utils.tensorboard
 torch.set_num_threads(1)
 import augmentations, checkpoint, evaluation, losses, model, run_folder, shares, train, trainer
 import processes as team
@@ -61,22 +62,27 @@ def gradients(out):
             results[name] = (value.detach(), own.grad / processes.world)
         torch.save(results, f"{out}.{processes.rank}")
 
-def broken_image_of_rank_1(words):
-    import evaluation
+def in_the_second_epoch_of_rank_1(end, words):
     score, calls = evaluation.score_set, []
-    def breaking(*args, processes, **options):
+    def ending(*args, processes, **options):
         calls.append(1)
         if len(calls) == 2 and processes.rank == 1:
-            raise ValueError("val/images/b6.png: broken in the middle of the run")
+            end()
         return score(*args, processes=processes, **options)
-    trainer.score_set = breaking
+    trainer.score_set = ending
     train.main(words)
+
+def broken():
+    raise ValueError("val/images/b6.png: broken in the middle of the run")
+
+def killed():
+    os.kill(os.getpid(), signal.SIGKILL)
 
 def work(words):
     if words[0] == "gradients":
         gradients(words[1])
-    elif words[0] == "broken":
-        broken_image_of_rank_1(words[1:])
+    elif words[0] in ("broken", "killed"):
+        in_the_second_epoch_of_rank_1(globals()[words[0]], words[1:])
     else:
         train.main(words)
 
@@ -237,27 +243,30 @@ LOSSES = {
 }
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def gradients(request, tmp_path_factory):
-    folder, rng = tmp_path_factory.mktemp("losses"), torch.Generator().manual_seed(0)
-    tensors = {}
+def write_tensors(folder, world):
+    """Logits and masks of five images, of which the processes count different numbers of pixels."""
+    rng, tensors = torch.Generator().manual_seed(0), {}
     for num_logits in (1, 3):
         logits = torch.randn(5, num_logits, 8, 8, generator=rng) * 2
         mask = torch.randint(0, max(2, num_logits), (5, 8, 8), generator=rng)
-        mask[0, :7] = mask[3, :2] = IGNORE_INDEX  # the processes count different numbers of pixels,
-        if request.param == 3:
-            mask[4:] = IGNORE_INDEX  # the last of three none at all,
-        mask[:3][mask[:3] == num_logits - 1] = 0  # and one class is in the part of one of them only
+        mask[0, :7] = mask[3, :2] = IGNORE_INDEX
+        if world == 3:
+            mask[4:] = IGNORE_INDEX  # the last of three counts none at all
+        mask[:3][mask[:3] == num_logits - 1] = 0  # this class is in the part of the last ones only
         tensors[str(num_logits)] = (logits, mask)
-    torch.save(tensors, folder / "tensors")
-    (folder / "out").write_text(json.dumps({"losses": LOSSES, "tensors": str(folder / "tensors")}))
-    assert start(folder, {"job": (request.param, ["gradients", str(folder / "out")])})["job"] == [0] * request.param
-    return tensors, [torch.load(f"{folder / 'out'}.{rank}", weights_only=True) for rank in range(request.param)]
+    torch.save(tensors, folder / f"tensors{world}")
+    content = {"losses": LOSSES, "tensors": str(folder / f"tensors{world}")}
+    (folder / f"out{world}").write_text(json.dumps(content))
+    return ["gradients", str(folder / f"out{world}")]
 
 
+@pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("name", LOSSES)
-def test_the_mean_gradient_over_processes_is_that_of_one(gradients, name):
-    tensors, results = gradients
+def test_the_mean_gradient_over_processes_is_that_of_one(runs, name, world):
+    folder, statuses = runs
+    assert statuses[f"gradients{world}"] == [0] * world, said(folder, f"gradients{world}", 0, 2)
+    tensors = torch.load(folder / f"tensors{world}", weights_only=True)
+    results = [torch.load(folder / f"out{world}.{rank}", weights_only=True)[name] for rank in range(world)]
     expression, num_logits, weights, smoothing = LOSSES[name]
     weights = torch.tensor(weights) if weights else None
     loss = build_loss(expression, num_logits=num_logits, class_weights=weights, label_smoothing=smoothing)
@@ -265,9 +274,9 @@ def test_the_mean_gradient_over_processes_is_that_of_one(gradients, name):
     logits = logits.clone().requires_grad_()
     value = loss(logits, mask)
     value.backward()
-    for theirs, _ in (result[name] for result in results):
+    for theirs, _ in results:
         torch.testing.assert_close(theirs, value.detach())
-    torch.testing.assert_close(torch.cat([result[name][1] for result in results]), logits.grad)
+    torch.testing.assert_close(torch.cat([gradient for _, gradient in results]), logits.grad)
     means = [loss(logits[part], mask[part]).item() for part in (slice(0, 3), slice(3, 5))]
     assert abs(np.mean(means) - value.item()) > 1e-5  # the mean of the processes' losses would be another
 
@@ -321,34 +330,51 @@ def test_images_are_scored_once_by_all_processes(tmp_path, world):
 RUNS = {  # images, words
     "bce": (7, ["--loss", "bce", "-b", 3]),  # batches of 3, 3, 1: one process has nothing of the last
     "dice": (8, ["--loss", "dice", "-b", 4, "-sc", "constant"]),
-    "many": (7, ["--loss", "0.5*ce+0.5*tversky", "-b", 4, "--class-weights", 1, 3, "--accumulate", 2, "--clip", 0.1]),
-    "more": (7, ["--loss", "jaccard", "-b", 5, "--ema", 0.9, "--freeze-encoder", 1, "--encoder-lr-scale", 0.1]),
+    "more": (7, ["--loss", "0.5*ce+0.5*jaccard", "-b", 3, "--ema", 0.9, "--freeze-encoder", 1, "--accumulate", 2]),
 }
+LONGER = {
+    f"{loss}-{images}-{batch}": (images, ["--loss", loss, "-b", batch, *more])
+    for loss in ("bce", "dice", "jaccard", "tversky", "focal", "0.3*ce+0.7*dice")
+    for images, batch, more in ((7, 4, ["--clip", 0.1]), (8, 3, ["--crops", 3]), (8, 8, ["--encoder-lr-scale", 0.1]))
+}
+
+
+def write_data(folder):
+    """Data sets of 7 and 8 images, of each of which another part counts."""
+    data = {images: write_dataset(folder / f"data{images}", images, 7) for images in (7, 8)}
+    for root in data.values():
+        for place, path in enumerate(sorted((root / "train" / "gt").iterdir())):
+            write_roi(root / "train" / "fov" / path.name, place)
+        for path in (root / "val" / "gt").iterdir():
+            write_roi(root / "val" / "fov" / path.name, 1)
+    return data
+
+
+def pairs_of_runs(data, logs, runs, worlds):
+    """Jobs that train the same with different numbers of processes."""
+    return {
+        f"{name}{world}": (world, words_for(data[images], logs, f"{name}{world}", *words, "--roi-dir", "fov"))
+        for name, (images, words) in runs.items()
+        for world in worlds
+    }
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    data = {images: write_dataset(folder / f"data{images}", images, 7) for images in (7, 8)}
-    for images in data.values():  # each image counts in another part of it
-        for place, path in enumerate(sorted((images / "train" / "gt").iterdir())):
-            write_roi(images / "train" / "fov" / path.name, place)
-            for other in (images / "val" / "gt").iterdir():
-                write_roi(images / "val" / "fov" / other.name, 0)
-    jobs = {}
-    for name, (images, words) in RUNS.items():
-        for world in (1, 2):
-            more = [*words, "--roi-dir", "fov"]
-            jobs[f"{name}{world}"] = (world, words_for(data[images], folder / "logs", f"{name}{world}", *more))
-    again = [*RUNS["dice"][1], "--roi-dir", "fov"]
-    jobs["resumed2"] = (2, [*words_for(data[8], folder / "logs", "resumed", *again), "-e", "2"])
-    jobs["resumed1"] = (1, words_for(data[8], folder / "logs", "resumed", *again))
-    batches = [*words_for(data[7], folder / "logs", "batchnorm", "-b", 3), "--encoder", "plain-8", "-w", "2"]
-    jobs["batchnorm"] = (2, batches)
-    jobs["few"] = (2, words_for(data[7], folder / "logs", "few", "-b", 1))
-    jobs["unknown"] = (2, words_for(data[7], folder / "logs", "unknown", "--loss", "nothing"))
-    jobs["misspelt"] = (2, words_for(data[7], folder / "logs", "misspelt", "--los", "bce"))
-    jobs["broken"] = (2, ["broken", *words_for(data[7], folder / "logs", "broken", "-b", 3)])
+    data, logs = write_data(folder), folder / "logs"
+    jobs = {f"gradients{world}": (world, write_tensors(folder, world)) for world in (2, 3)}
+    jobs |= pairs_of_runs(data, logs, RUNS, (1, 2))
+    again = words_for(data[8], logs, "resumed", *RUNS["dice"][1], "--roi-dir", "fov")
+    jobs["resumed2"] = (2, [*again, "-e", "2"])
+    jobs["resumed1"] = (1, again)
+    once = [*words_for(data[7], logs, "batchnorm", "-b", 3), "-e", "1"]
+    jobs["batchnorm"] = (2, [*once, "--encoder", "plain-8", "-w", "2"])
+    jobs["few"] = (2, words_for(data[7], logs, "few", "-b", 1))
+    jobs["unknown"] = (2, words_for(data[7], logs, "unknown", "--loss", "nothing"))
+    jobs["misspelt"] = (2, words_for(data[7], logs, "misspelt", "--los", "bce"))
+    for name in ("broken", "killed"):
+        jobs[name] = (2, [name, *words_for(data[7], logs, name, "-b", 3)])
     return folder, start(folder, jobs)
 
 
@@ -401,6 +427,30 @@ def test_two_processes_train_as_one(runs, name):
     assert_same_run(folder / "logs", f"{name}1", f"{name}2")
 
 
+@pytest.mark.slow
+def test_more_processes_and_losses_train_as_one(tmp_path):
+    data, logs = write_data(tmp_path), tmp_path / "logs"
+    statuses = start(tmp_path, pairs_of_runs(data, logs, LONGER, (1, 2, 3)))
+    for name in LONGER:
+        for world in (2, 3):
+            assert statuses[f"{name}{world}"] == [0] * world, said(tmp_path, f"{name}{world}", 0, 2)
+            assert_same_run(logs, f"{name}1", f"{name}{world}")
+
+
+@pytest.mark.slow
+def test_folds_are_trained_by_several_processes(tmp_path):
+    root, logs = write_data(tmp_path)[8] / "train", tmp_path / "logs"
+    jobs = {
+        f"cv{world}": (world, words_for(root, logs, f"cv{world}", "-b", 3, "--folds", 2, "--loss", "bce"))
+        for world in (1, 2)
+    }
+    assert start(tmp_path, jobs) == {"cv1": [0], "cv2": [0, 0]}, said(tmp_path, "cv2", 0, 2)
+    for fold in (0, 1):
+        one, two = sorted(path for path in logs.iterdir() if path.name.endswith(str(fold)))
+        assert_near(read_rows(one), read_rows(two))
+    assert said(tmp_path, "cv2", 0, 1).count("every image scored by the network that was not shown it") == 1
+
+
 def test_a_run_goes_on_with_another_number_of_processes(runs):
     folder, statuses = runs
     assert statuses["resumed2"] == [0, 0] and statuses["resumed1"] == [0]
@@ -411,20 +461,18 @@ def test_the_first_process_alone_speaks_and_writes(runs):
     folder, _ = runs
     assert said(folder, "bce2", 0, 1).count("epoch 3/3") == 1 and "2 processes" in said(folder, "bce2", 0, 1)
     assert said(folder, "bce2", 1, 1) == said(folder, "bce2", 1, 2) == ""
-    files = {
-        name: sorted(path.name.split(".")[0] for path in (folder / "logs" / name).iterdir()) for name in RUNS_OF_BCE
-    }
-    assert [name.replace("bce2", "bce1") for name in files["bce2"]] == files["bce1"]
-
-
-RUNS_OF_BCE = ("bce1", "bce2")
+    one, two = (
+        sorted(path.name.split(".")[0].replace(name, "") for path in (folder / "logs" / name).iterdir())
+        for name in ("bce1", "bce2")
+    )
+    assert one == two and "last_checkpoint" in two
 
 
 def test_batch_normalisation_learns_from_each_process_alone(runs):
     folder, statuses = runs
     assert statuses["batchnorm"] == [0, 0], said(folder, "batchnorm", 0, 2)
-    rows = read_rows(folder / "logs" / "batchnorm")
-    assert len(rows) == 3 and all(np.isfinite(row["train"]["loss"]) for row in rows)
+    (row,) = read_rows(folder / "logs" / "batchnorm")
+    assert np.isfinite(row["train"]["loss"])
 
 
 @pytest.mark.parametrize(
@@ -447,6 +495,17 @@ def test_an_error_of_one_process_ends_all_with_its_message(runs):
     assert "b6.png: broken in the middle of the run" in said(folder, "broken", 1, 2)
     assert said(folder, "broken", 0, 2) == ""
     assert len(read_rows(folder / "logs" / "broken")) == 1
+
+
+def test_a_killed_process_ends_all(runs):
+    folder, statuses = runs
+    assert statuses["killed"] == [1, -9]
+    message = said(folder, "killed", 0, 2)
+    assert "error: process 1 (pid " in message and ") of 2 ended without a word: killed, or" in message
+    assert "the same command goes on from the last finished epoch" in message and message.count("error") == 1
+    run = folder / "logs" / "killed"
+    assert len(read_rows(run)) == torch.load(run / "last_checkpoint", weights_only=True)["epoch"] == 1
+    assert not list(run.glob(".*"))
 
 
 # ---- what is refused, and what DDP must know ----
@@ -499,7 +558,8 @@ def test_weights_that_nothing_uses_are_noticed():
 # ---- a killed process ----
 
 
-def test_a_killed_process_ends_all_with_a_message(tmp_path):
+@pytest.mark.slow
+def test_torchrun_ends_when_a_process_is_killed(tmp_path):
     data = write_dataset(tmp_path / "data", 7, 3)
     words = [*words_for(data, tmp_path / "logs", "run", "-b", 3), "-e", "1000"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
