@@ -1,7 +1,9 @@
 """The figures of an export: size, latency and IoU of everything that was made of a checkpoint, printed and kept."""
 
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +19,10 @@ from export_graph import Shell, file_runner, frame_of, pad_to
 from export_measure import REPEATS, Tile, make_input, score_tiles, time_calls
 from export_proof import model_runner
 from image_io import write_text
+from spool import FolderLock, JobError
 from torchscript import script_runner
+
+LONGEST_WAIT = 20  # seconds for other exports into the folder; each holds the report for milliseconds
 
 
 def measure(source: Source, exports: Mapping[str, Path], made: Export, tiles: Sequence[Tile]) -> list[dict[str, Any]]:
@@ -45,8 +50,8 @@ def measure(source: Source, exports: Mapping[str, Path], made: Export, tiles: Se
         iou = score_tiles(forwards[name], tiles, config, shell.threshold)
         rows.append(
             {
-                "checkpoint": str(source.path),
-                "file": str(file),
+                "checkpoint": str(source.path.absolute()),
+                "file": str(file.absolute()),
                 "variant": name,
                 "bytes": file.stat().st_size,
                 "seconds": seconds[name],
@@ -81,19 +86,57 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         )
     widths = [max(len(line[place]) for line in lines) for place in range(5)]
     text = ["  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    size = "x".join(map(str, rows[-1]["input"]))
-    notes = f"ms: median of {REPEATS} calls with {size}, in turns, {rows[-1]['threads']} threads"
+    sizes = ", ".join(dict.fromkeys("x".join(map(str, row["input"])) for row in rows))
+    notes = f"ms: median of {REPEATS} calls with {sizes}, in turns, {rows[-1]['threads']} threads"
     if any(row["tiles"] for row in rows):
-        notes += f"; IoU: of {rows[-1]['tiles']} tiles, each from the middle of an image"
+        counts = " or ".join(dict.fromkeys(str(row["tiles"]) for row in rows))
+        notes += f"; IoU: of {counts} tiles, each from the middle of an image"
     return "\n".join([*text, notes])
 
 
 def write_report(path: Path, rows: Sequence[dict[str, Any]]) -> str:
-    """Write the figures; those of other files that an earlier run left there stay.
+    """Write the figures; those of other files that an earlier run left there, or another is writing now, stay.
 
     Returns:
         What is to be said about it: where it is, or that a file that is no such report was left alone.
     """
+    try:
+        with hold(path):
+            return _write_report(path, rows)
+    except JobError as error:
+        return f"warning: {path} is not written, the figures are printed alone: {error}"
+
+
+@contextmanager
+def hold(path: Path) -> Iterator[None]:
+    """Wait until nobody else rewrites a file, and keep others from it.
+
+    Raises:
+        JobError: another process holds it longer than LONGEST_WAIT.
+    """
+    work, end, lock = path.with_name(f".{path.name}.lock"), time.monotonic() + LONGEST_WAIT, None
+    while lock is None:
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+            lock = FolderLock(work)
+        except FileNotFoundError:  # whoever was before us removed the folder after we had made it
+            continue
+        except JobError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.02)
+        except OSError:  # a disk without locks, on which one export at a time is safe
+            break
+    try:
+        yield
+    finally:
+        if lock:
+            lock.release(remove=True)
+        with suppress(OSError):  # somebody else waits in it
+            work.rmdir()
+
+
+def _write_report(path: Path, rows: Sequence[dict[str, Any]]) -> str:
     kept: list[dict[str, Any]] = []
     try:
         kept = [row for row in json.loads(path.read_text(encoding="utf-8"))["exports"] if isinstance(row, dict)]

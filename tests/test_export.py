@@ -5,6 +5,8 @@ import itertools
 import json
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import cv2
 import numpy as np
@@ -295,6 +297,43 @@ def test_the_report_holds_every_variant(tmp_path, capsys, monkeypatch):
         assert f"{row['bytes'] / 1e6:.2f}" in line and f"{1000 * row['seconds']:.1f}" in line
     assert rows[0]["iou"] == pytest.approx(rows[1]["iou"], abs=1e-4) == pytest.approx(rows[2]["iou"], abs=1e-4)
     assert rows[1]["proof"]["agreement"] >= 0.9999 and rows[3]["proof"] is None
+
+
+def test_exports_into_one_folder_at_once_all_stay_in_its_report(tmp_path, monkeypatch):
+    import export_report
+
+    write = export_report.write_text
+
+    def slow(path, text):
+        time.sleep(0.05)  # everybody else has read by now, unless they wait for their turn
+        write(path, text)
+
+    monkeypatch.setattr(export_report, "write_text", slow)
+    place = tmp_path / "deploy" / "report.json"
+    with ThreadPoolExecutor(5) as pool:
+        told = list(pool.map(lambda number: export_report.write_report(place, [{"file": str(number)}]), range(5)))
+    rows = json.loads(place.read_text())["exports"]
+    assert sorted(row["file"] for row in rows) == ["0", "1", "2", "3", "4"] and told == [f"report in {place}"] * 5
+    assert [file.name for file in place.parent.iterdir()] == ["report.json"]
+
+
+def test_a_report_that_another_process_holds_is_not_waited_for_for_ever(tmp_path, monkeypatch):
+    import export_report
+
+    monkeypatch.setattr(export_report, "LONGEST_WAIT", 0.1)
+    with export_report.hold(tmp_path / "report.json"):
+        told = export_report.write_report(tmp_path / "report.json", [{"file": "a"}])
+    assert "report.json is not written, the figures are printed alone" in told and "in use by another process" in told
+    assert export_report.write_report(tmp_path / "report.json", [{"file": "a"}]).startswith("report in ")
+
+
+def test_the_table_names_every_size_that_was_timed():
+    import export_report
+
+    shared = {"variant": "onnx", "bytes": 1, "seconds": 1.0, "iou": None, "threads": 1, "tiles": 0}
+    sides = ([1, 3, 64, 64], [1, 3, 64, 64], [1, 3, 96, 32])
+    text = export_report.table([{"file": f"{place}.onnx", "input": side, **shared} for place, side in enumerate(sides)])
+    assert "calls with 1x3x64x64, 1x3x96x32, in turns" in text
 
 
 def test_metadata_say_what_the_file_holds(tmp_path):
