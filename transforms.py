@@ -108,8 +108,8 @@ def hue_saturation(
 
 
 def rgb_shift(image: np.ndarray, rng: np.random.Generator, *, limit: float = 0.08) -> np.ndarray:
-    """Shift each channel by up to `limit` of what the picture reaches."""
-    return map_values(image, np.add, reach(image) * rng.uniform(-limit, limit, (image.shape[2],)))
+    """Shift each channel by up to `limit` of the range."""
+    return map_values(image, np.add, rng.uniform(-limit, limit, (image.shape[2],)))
 
 
 def pca_shift(image: np.ndarray, rng: np.random.Generator, *, strength: float = 0.25) -> np.ndarray:
@@ -153,10 +153,10 @@ def shuffle_channels(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def haze(image: np.ndarray, rng: np.random.Generator, *, share: Limits = (0.05, 0.3)) -> np.ndarray:
-    """Mix in grey as light as the picture reaches, by a share that varies slowly over it."""
+    """Mix in white, by a share that varies slowly over the picture."""
     coarse = rng.uniform(*share) * rng.uniform(0.5, 1, (4, 4))
     white = cv2.resize(coarse.astype(np.float32), image.shape[1::-1], interpolation=cv2.INTER_LINEAR)
-    return _light(image, 1 - white, white * np.float32(reach(image)))
+    return _light(image, 1 - white, white)
 
 
 def shadow(image: np.ndarray, rng: np.random.Generator, *, share: Limits = (0.2, 0.5)) -> np.ndarray:
@@ -214,8 +214,8 @@ def downscale(image: np.ndarray, rng: np.random.Generator, *, scale: Limits = (0
 
 
 def gaussian_noise(image: np.ndarray, rng: np.random.Generator, *, deviation: Limits = (0.012, 0.04)) -> np.ndarray:
-    """Normal noise, of one deviation (share of what the picture reaches) everywhere."""
-    return _add(image, normal_noise(rng, image.shape, rng.uniform(*deviation) * reach(image) * _top(image)))
+    """Normal noise, of one deviation (share of the range) over the whole picture."""
+    return _add(image, normal_noise(rng, image.shape, rng.uniform(*deviation) * _top(image)))
 
 
 def sensor_noise(
@@ -252,15 +252,6 @@ def _add(image: np.ndarray, change: np.ndarray) -> np.ndarray:
         return cv2.add(image, change, dtype=cv2.CV_8U).reshape(image.shape)
     change += image
     return np.clip(change, 0, 1, out=change)
-
-
-def reach(image: np.ndarray) -> float:
-    """How light the picture is, as a share of white: mean and two deviations of its lightest channel, at most 1.
-
-    What is added to a picture is measured by it: noise for daylight would bury faint fluorescence.
-    """
-    mean, deviation = map(np.asarray, cv2.meanStdDev(np.ascontiguousarray(image[::4, ::4])))
-    return min(1.0, float((mean + 2 * deviation).max()) / _top(image))
 
 
 def _top(image: np.ndarray) -> float:

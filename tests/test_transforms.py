@@ -164,21 +164,9 @@ def test_noise_is_normal_of_the_wanted_strength_and_its_own_everywhere():
 @pytest.mark.parametrize("dtype", TOPS)
 def test_gaussian_noise_has_the_strength_it_says(dtype):
     image = np.full((128, 128, 3), 0.5 * TOPS[dtype], dtype)
-    image[::8], image[4::8] = 0.1 * TOPS[dtype], 0.9 * TOPS[dtype]
     for seed in range(6):
         change = (apply(t.gaussian_noise, image, seed).astype(float) - image) / TOPS[dtype]
-        change = change[2::8]  # where nothing is cut
         assert 0.011 < change.std() < 0.042 and abs(change.mean()) < 0.002
-
-
-def test_what_is_added_to_a_dim_picture_is_as_dim():
-    """Noise, haze and colour shifts of a picture of a fifth of the light are a fifth as large."""
-    light, dim = picture(np.float32), picture(np.float32) / 5
-    for run in (t.gaussian_noise, t.haze, t.rgb_shift):
-        for seed in range(5):
-            changes = [np.abs(apply(run, image, seed) - image).mean() for image in (light, dim)]
-            assert 0.19 < changes[1] / changes[0] < 0.21, run
-    assert t.reach(np.full((8, 8, 3), 255, np.uint8)) == 1 and t.reach(np.zeros((8, 8, 1), np.float32)) == 0
 
 
 def test_sensor_noise_grows_with_the_signal_and_has_no_specks():
@@ -191,11 +179,10 @@ def test_sensor_noise_grows_with_the_signal_and_has_no_specks():
         assert np.corrcoef(change[1][..., 0].ravel(), change[1][..., 1].ravel())[0, 1] > 0.05
 
 
-def test_haze_lightens_and_flattens_and_shadow_only_darkens_a_part():
+def test_haze_only_lightens_and_shadow_only_darkens_a_part():
     image = picture()
     for seed in range(10):
-        hazy = apply(t.haze, image, seed)
-        assert hazy.mean() > image.mean() and hazy.std() < image.std()
+        assert (apply(t.haze, image, seed) >= image).all()
         change = apply(t.shadow, image, seed).astype(int) - image
         assert (change <= 0).all() and 0.05 < (change < -2).any(axis=2).mean() < 0.95
 
