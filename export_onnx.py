@@ -175,6 +175,7 @@ def run(args: argparse.Namespace) -> list[str]:
     check_flags(args)
     paths = find_paths(args)
     targets = [find_target(path, args) for path in paths]
+    check_targets(paths, targets)
     failures: list[str] = []
     rows: list[dict[str, Any]] = []
     for path, target in zip(paths, targets, strict=True):
@@ -301,7 +302,6 @@ def find_target(path: Path, args: argparse.Namespace) -> Path:
         FileExistsError: something else is there.
     """
     from backends import is_onnx
-    from onnx_export import read_description
 
     stem = path.stem if path.suffix in (".pth", ".onnx") else path.name
     out = args.output or path.parent
@@ -310,17 +310,67 @@ def find_target(path: Path, args: argparse.Namespace) -> Path:
     if not is_onnx(out) and out.is_file():
         raise cli.UsageError(f"-o {out} is a file whose name does not end in .onnx; expected FILE.onnx or a folder")
     target = out if is_onnx(out) else out / f"{stem}.onnx"
-    if target.resolve() == path.resolve():
-        raise cli.UsageError(f"-o {out} would replace {path} itself: give another name or folder")
-    if target.exists() and not args.replace:
-        try:
-            read_description(target)
-        except (OSError, ValueError) as error:
-            raise FileExistsError(
-                f"{target} is there and is no export of Tessera; expected a free name or an older export. Give another "
-                "-o, or --replace to put this one in its place"
-            ) from error
+    for place in (target, *beside(target, args)):
+        check_place(place, path, replace_any=args.replace)
     return target
+
+
+def beside(target: Path, args: argparse.Namespace) -> list[Path]:
+    """The other files that may be written."""
+    files = [target.with_suffix(".pt")] if args.torchscript else []
+    kind = args.quantize or ("fp16" if args.target == "cuda" else "")
+    return [*files, quantised_place(target, kind)] if kind else files
+
+
+def quantised_place(target: Path, kind: str) -> Path:
+    """Where the network in fewer bits goes."""
+    return target.with_name(f"{target.stem}.{kind}.onnx")
+
+
+def check_place(place: Path, path: Path, *, replace_any: bool) -> None:
+    """Refuse to write over what is no export.
+
+    Raises:
+        cli.UsageError: the checkpoint is there. FileExistsError: something else is there.
+    """
+    import torchscript
+    from backends import is_onnx
+    from onnx_export import read_description
+
+    if place.resolve() == path.resolve():
+        raise cli.UsageError(f"{place} would replace {path} itself: give another name or folder to -o")
+    if not place.exists() or replace_any:
+        return
+    reason: Exception | None = None
+    if is_onnx(place):
+        try:
+            read_description(place)
+        except (OSError, ValueError) as error:
+            reason = error
+        else:
+            return
+    elif torchscript.is_ours(place):
+        return
+    raise FileExistsError(
+        f"{place} is there and is no export of Tessera; expected a free name or an older export. Give another "
+        "-o, or --replace to put this one in its place"
+    ) from reason
+
+
+def check_targets(paths: Sequence[Path], targets: Sequence[Path]) -> None:
+    """Refuse checkpoints of one name that would go into one file.
+
+    Raises:
+        cli.UsageError: names them.
+    """
+    first: dict[Path, Path] = {}
+    for path, target in zip(paths, targets, strict=True):
+        other = first.setdefault(target.resolve(), path)
+        if other != path:
+            raise cli.UsageError(
+                f"{other} and {path} would both become {target}; expected a name for each: leave out -o, then each "
+                "goes beside its checkpoint, or export them one by one with -c and -o"
+            )
 
 
 def shell_of(args: argparse.Namespace, config: "ModelConfig") -> "Shell":
@@ -469,14 +519,16 @@ def quantised_file(
     from onnx_export import DESCRIPTION, describe, read_metadata
 
     kind = args.quantize or "fp16"
+    place = quantised_place(target, kind)
     bare, entries = (
         half_unmeasured(made) if kind == "fp16" and unmeasured(args) else reduce_bits(config, made, args, tiles)
     )
     if bare is None:
+        if place.exists():
+            print(f"warning: {place} is of an earlier export and stays as it is, perhaps of another network")
         return {}
     metadata = {**read_metadata(bare), **made.shell.metadata(), **entries, "quantised": kind}
     metadata.pop(DESCRIPTION)
-    place = target.with_name(f"{target.stem}.{kind}.onnx")
     with atomic_write(place) as file:
         file.write(describe(wrap_network(bare, config, made.shell), made.config, **metadata))
     print(f"{place}: {entries['measured']}")

@@ -157,7 +157,7 @@ class _Sums:
             raise ExportError(
                 f"the file's {shell.output} differ from the network's by {largest:.1e} of their spread at most and "
                 f"{mean:.1e} on average, {agreement:.4%} of mask pixels agree; expected {LARGEST_DIFFERENCE:g}, "
-                f"{MEAN_DIFFERENCE:g} and {LEAST_AGREEMENT:.2%}. Nothing was written"
+                f"{MEAN_DIFFERENCE:g} and {LEAST_AGREEMENT:.2%}. That file was not written"
             )
         return proof
 

@@ -4,7 +4,9 @@ import copy
 import io
 import json
 import warnings
+import zipfile
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -85,6 +87,15 @@ def export_script(network: nn.Module, config: ModelConfig, shell: Shell, metadat
     except Exception as error:  # tracing runs the network's own Python
         raise ExportError(f"TorchScript: {shorten_error(error)}") from error
     return file.getvalue()
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file is one of `export_script`, by the names in its archive; nothing in it is run."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith(f"/extra/{DESCRIPTION}") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 def script_runner(content: bytes) -> Callable[[np.ndarray], np.ndarray]:

@@ -1,0 +1,100 @@
+"""Where export_onnx.py writes, what it leaves alone, and what it says about a file before and after."""
+
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from tiny_runs import write_checkpoint
+
+import export_onnx
+import export_report
+import onnx_export
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """The older exporter alone, which takes a tenth of a second."""
+    monkeypatch.setattr(onnx_export, "_export_program", onnx_export._export_script)
+
+
+def write_run(folder, **changes):
+    """A checkpoint in a run folder."""
+    path = folder / "run" / "run.pth"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_checkpoint(path, **changes)
+    return path
+
+
+def refusal(capsys, words):
+    """Exit status and message of a call that must fail."""
+    with pytest.raises(SystemExit) as exit_:
+        export_onnx.main([str(word) for word in words])
+    return exit_.value.code, " ".join(capsys.readouterr().err.split())
+
+
+def test_files_beside_the_export_that_are_the_users_stay(tmp_path, capsys):
+    path = write_run(tmp_path)
+    for name, words in (
+        ("run.pt", ["--torchscript"]),
+        ("run.fp16.onnx", ["--for", "cuda"]),
+    ):
+        (path.parent / name).write_text("mine")
+        code, text = refusal(capsys, ["-c", path, *words])
+        assert code == 1 and f"{name} is there and is no export of Tessera" in text and "--replace" in text
+        assert (path.parent / name).read_text() == "mine" and not path.with_suffix(".onnx").exists()
+    export_onnx.main(["-c", str(path), "--torchscript", "--replace"])
+    export_onnx.main(["-c", str(path), "--torchscript"])  # over its own
+    torch.save({"a": torch.zeros(1)}, path.parent / "run.pt")  # an archive too
+    assert refusal(capsys, ["-c", path, "--torchscript"])[0] == 1
+
+
+def test_a_checkpoint_is_never_written_over_by_what_was_made_of_it(tmp_path, capsys):
+    path = write_run(tmp_path)
+    path = path.rename(path.with_suffix(".pt"))
+    content = path.read_bytes()
+    words = ["-c", path, "-o", path.with_suffix(".onnx"), "--torchscript", "--replace"]
+    code, text = refusal(capsys, words)
+    assert code == 2 and "run.pt would replace" in text and path.read_bytes() == content
+
+
+def test_checkpoints_of_one_name_are_not_written_into_one_file(tmp_path, capsys):
+    path = write_run(tmp_path)
+    other = tmp_path / "another" / path.name
+    other.parent.mkdir()
+    other.write_bytes(path.read_bytes())
+    code, text = refusal(capsys, ["-d", tmp_path, "-o", tmp_path / "out"])
+    assert code == 2 and str(path) in text and str(other) in text and "would both become" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_exports_into_one_folder_at_once_all_stay_in_its_report(tmp_path, monkeypatch):
+    write = export_report.write_text
+
+    def slow(path, text):
+        time.sleep(0.05)  # everybody else has read by now, unless they wait for their turn
+        write(path, text)
+
+    monkeypatch.setattr(export_report, "write_text", slow)
+    place = tmp_path / "deploy" / "report.json"
+    with ThreadPoolExecutor(5) as pool:
+        told = list(pool.map(lambda number: export_report.write_report(place, [{"file": str(number)}]), range(5)))
+    rows = json.loads(place.read_text())["exports"]
+    assert sorted(row["file"] for row in rows) == ["0", "1", "2", "3", "4"] and told == [f"report in {place}"] * 5
+    assert [file.name for file in place.parent.iterdir()] == ["report.json"]
+
+
+def test_a_report_that_another_process_holds_is_not_waited_for_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(export_report, "LONGEST_WAIT", 0.1)
+    with export_report.hold(tmp_path / "report.json"):
+        told = export_report.write_report(tmp_path / "report.json", [{"file": "a"}])
+    assert "report.json is not written, the figures are printed alone" in told and "in use by another process" in told
+    assert export_report.write_report(tmp_path / "report.json", [{"file": "a"}]).startswith("report in ")
+
+
+def test_the_table_names_every_size_that_was_timed():
+    shared = {"variant": "onnx", "bytes": 1, "seconds": 1.0, "iou": None, "threads": 1, "tiles": 0}
+    sides = ([1, 3, 64, 64], [1, 3, 64, 64], [1, 3, 96, 32])
+    text = export_report.table([{"file": f"{place}.onnx", "input": side, **shared} for place, side in enumerate(sides)])
+    assert "calls with 1x3x64x64, 1x3x96x32, in turns" in text
