@@ -40,7 +40,7 @@ class Shell:
         """The same as entries of a file's metadata."""
         entries = {"layout": "NHWC" if self.pixels else "NCHW", "pixels": self.pixels, "output": self.output}
         if self.output == "mask":
-            entries["threshold"] = f"{self.threshold:g}"
+            entries["threshold"] = str(float(self.threshold))
         if self.size:
             entries["size"] = f"{self.size[0]}x{self.size[1]}"
         return entries

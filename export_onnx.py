@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 OPSETS = (13, 23)
 REPORT = "report.json"
+LEAST_HALF = 0.99  # of mask pixels that float16 decides as float32 does, where IoU and speed cannot be measured
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -209,8 +210,9 @@ def check_flags(args: argparse.Namespace) -> None:
         raise cli.UsageError("-t decides masks: give --with-postprocessing mask too, or leave it out")
     if args.target == "cuda" and args.quantize not in (None, "fp16"):
         raise cli.UsageError(f"--for cuda writes fp16, found --quantize {args.quantize}: use fp16, or --for cpu")
-    if args.quantize and args.target == "cpu" and not args.real_images:
-        raise cli.UsageError("--quantize needs -ds DIR: images with masks, to see what it costs")
+    if (args.quantize or args.target == "cuda") and not (args.real_images or unmeasured(args)):
+        flag = "--quantize" if args.quantize else "--for cuda"
+        raise cli.UsageError(f"{flag} needs -ds DIR: images with masks, to see what it costs")
     if args.calibration and not args.quantize:
         raise cli.UsageError("--calibration is for --quantize: give it too, or leave it out")
     if args.fixed_size and len(args.fixed_size) > 2:
@@ -520,9 +522,8 @@ def quantised_file(
 
     kind = args.quantize or "fp16"
     place = quantised_place(target, kind)
-    bare, entries = (
-        half_unmeasured(made) if kind == "fp16" and unmeasured(args) else reduce_bits(config, made, args, tiles)
-    )
+    blind = kind == "fp16" and unmeasured(args)
+    bare, entries = half_unmeasured(config, made, tiles) if blind else reduce_bits(config, made, args, tiles)
     if bare is None:
         if place.exists():
             print(f"warning: {place} is of an earlier export and stays as it is, perhaps of another network")
@@ -537,16 +538,30 @@ def quantised_file(
 
 def unmeasured(args: argparse.Namespace) -> bool:
     """Whether a file for a GPU is asked for and there is none to measure it on."""
-    import onnxruntime
+    from onnx_export import runs_on
 
-    return args.target == "cuda" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers()
+    return args.target == "cuda" and not runs_on("cuda")
 
 
-def half_unmeasured(made: "Export") -> tuple[bytes, dict[str, str]]:
-    """The network in float16, for a GPU that is not here."""
+def half_unmeasured(
+    config: "ModelConfig", made: "Export", tiles: Sequence["Tile"]
+) -> tuple[bytes | None, dict[str, str]]:
+    """The network in float16, for a GPU that is not here; nothing, with the reason printed, when it is too narrow."""
+    from export_graph import frame_of
+    from export_measure import pad_tile
+    from export_proof import agree_in_half
     from quantisation import to_half
 
-    return to_half(made.bare), {"measured": "unmeasured: fp16 for CUDA, and there is no GPU here"}
+    size = frame_of(made.shell.size, config) if made.shell.size else None
+    model = to_half(made.bare)
+    share = agree_in_half(made.bare, model, config, [pad_tile(tile.pixels, made.config) for tile in tiles], size)
+    if not share >= LEAST_HALF:
+        print(
+            f"fp16 is refused: {share:.2%} of mask pixels are those of float32, expected {LEAST_HALF:.0%} or more: the "
+            "network's numbers leave the range of float16. Use the float file"
+        )
+        return None, {}
+    return model, {"measured": "unmeasured: fp16 for CUDA, and there is no GPU here"}
 
 
 def reduce_bits(

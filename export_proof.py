@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from checkpoint import ModelConfig
-from export_graph import Shell
+from export_graph import Shell, pad_to
 from image_io import normalise
 from model import to_probabilities
 from onnx_export import LARGEST_DIFFERENCE, SMALLEST_SPREAD, ExportError, make_session, session_runner
@@ -101,6 +101,28 @@ def noise_batches(config: ModelConfig, shell: Shell) -> list[list[np.ndarray]]:
         return np.clip(np.rint(values) if kind.kind == "u" else values, low, top).astype(kind)
 
     return [[image(*size) for _ in range(number)] for number, size in shapes]
+
+
+def agree_in_half(
+    model: bytes, half: bytes, config: ModelConfig, batches: Sequence[np.ndarray], size: tuple[int, int] | None
+) -> float:
+    """Share of mask pixels that two bare networks decide alike, on normalised batches or, without any, on noise.
+
+    Args:
+        size: the only one that they take. Numbers that are not finite agree with nothing.
+    """
+    if not batches:
+        side = max(round_up(config.min_side, config.stride), SIDE // config.stride * config.stride)
+        noise = np.random.default_rng(0).standard_normal((1, len(config.channels), *(size or (side, side))))
+        batches = [noise.astype(np.float32)]
+    runs, equal, pixels = [model_runner(each) for each in (model, half)], 0, 0
+    for batch in batches:
+        whole = pad_to(batch, size) if size else batch
+        logits = [run(whole) for run in runs]
+        wanted, found = (np.stack([decide(each, 0.5) for each in _activate(part, config)]) for part in logits)
+        equal += int(((wanted == found) & np.isfinite(logits[1]).all(axis=1)).sum())
+        pixels += wanted.size
+    return equal / pixels
 
 
 def tile_batches(config: ModelConfig, shell: Shell, tiles: Sequence[np.ndarray]) -> list[list[np.ndarray]]:

@@ -262,7 +262,8 @@ def read_description(path: Path, content: bytes | None = None) -> Description:
         FileNotFoundError: there is no such file.
         ValueError: truncated, not ONNX, or without the metadata that Tessera writes.
     """
-    metadata = _file_metadata(path, read_onnx(path) if content is None else content)
+    proto = _parse(path, read_onnx(path) if content is None else content)
+    metadata = _entries(proto)
     if DESCRIPTION not in metadata:
         raise ValueError(
             f"{path} has no metadata of Tessera, such as channels, classes and statistics: expected a file that "
@@ -270,6 +271,12 @@ def read_description(path: Path, content: bytes | None = None) -> Description:
             f"another project becomes one by: python export_onnx.py -c {path} -o OURS.onnx --mean R G B --std R G B "
             '--class-list "LABEL ..." --tile-size S (or --image-size S where whole images are resized); mean and std '
             "are in units of the pixels, 255 times those of images of 0 to 1"
+        )
+    if any(item.external_data for item in proto.graph.initializer):
+        raise ValueError(
+            f"{path} names other files for its weights, expected one file that holds them all, as export_onnx.py "
+            "writes it. Export the checkpoint (.pth) again, or save it as one: "
+            "onnx.save_model(onnx.load(FILE), FILE, save_as_external_data=False)"
         )
     try:
         return Description(config_from_dict(json.loads(metadata[DESCRIPTION])), metadata)
@@ -283,11 +290,11 @@ def is_ours(path: Path) -> bool:
     Raises:
         FileNotFoundError: there is no such file. ValueError: it is truncated or not ONNX.
     """
-    return DESCRIPTION in _file_metadata(path, read_onnx(path))
+    return DESCRIPTION in _entries(_parse(path, read_onnx(path)))
 
 
-def _file_metadata(path: Path, content: bytes) -> dict[str, str]:
-    """The metadata of what may be an ONNX file."""
+def _parse(path: Path, content: bytes) -> Any:
+    """What may be an ONNX file, as onnx.ModelProto."""
     import onnx
 
     try:
@@ -296,6 +303,10 @@ def _file_metadata(path: Path, content: bytes) -> dict[str, str]:
         raise ValueError(_damaged(path, shorten_error(error))) from error
     if not proto.graph.node:
         raise ValueError(_damaged(path, "it holds no graph"))
+    return proto
+
+
+def _entries(proto: Any) -> dict[str, str]:
     return {entry.key: entry.value for entry in proto.metadata_props}
 
 
@@ -303,7 +314,7 @@ def read_metadata(model: bytes) -> dict[str, str]:
     """The metadata of an ONNX file that is known to be one."""
     import onnx
 
-    return {entry.key: entry.value for entry in onnx.load_model_from_string(model).metadata_props}
+    return _entries(onnx.load_model_from_string(model))
 
 
 def read_onnx(path: Path) -> bytes:
@@ -340,7 +351,7 @@ def make_session(model: bytes, device: str) -> Session:
     # Its threads spin for tens of milliseconds after a run, and would take a core from whatever comes next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
-        session = onnxruntime.InferenceSession(model, options, providers=[provider])
+        session = onnxruntime.InferenceSession(model, options, providers=[provider, *_helpers(provider)])
     except Exception as error:  # its errors have no common class
         raise ValueError(f"ONNX Runtime cannot load the network ({shorten_error(error)})") from error
     started = session.get_providers()[0]
@@ -350,6 +361,26 @@ def make_session(model: bytes, device: str) -> Session:
             "load. Use --backend torch, or --cpu"
         )
     return session
+
+
+def _helpers(provider: tuple[str, dict[str, str]]) -> list[tuple[str, dict[str, str]]]:
+    """Who runs the operators that a provider lacks, before the CPU, which is there in any case."""
+    return [("CUDAExecutionProvider", provider[1])] if provider[0].startswith("Tensorrt") else []
+
+
+def runs_on(device: str) -> bool:
+    """Whether ONNX Runtime can start on a device: a provider may be installed where its hardware is not."""
+    import onnx
+
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in (INPUT, OUTPUT)]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", [INPUT], [OUTPUT])], "try", ends[:1], ends[1:])
+    opsets = [onnx.helper.make_opsetid("", OPSET)]
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8)
+    try:
+        make_session(model.SerializeToString(), device)
+    except ValueError:
+        return False
+    return True
 
 
 def find_provider(device: str) -> tuple[str, dict[str, str]]:

@@ -4,13 +4,16 @@ import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import onnx
+import onnxruntime
 import pytest
 import torch
-from tiny_runs import write_checkpoint
+from tiny_runs import random_network, write_checkpoint
 
 import export_onnx
 import export_report
 import onnx_export
+from export_graph import Shell
 
 
 @pytest.fixture(autouse=True)
@@ -98,3 +101,79 @@ def test_the_table_names_every_size_that_was_timed():
     sides = ([1, 3, 64, 64], [1, 3, 64, 64], [1, 3, 96, 32])
     text = export_report.table([{"file": f"{place}.onnx", "input": side, **shared} for place, side in enumerate(sides)])
     assert "calls with 1x3x64x64, 1x3x96x32, in turns" in text
+
+
+# ---- a GPU that is or is not here ----
+
+
+def test_a_gpu_that_could_measure_needs_images(tmp_path, capsys, monkeypatch):
+    path = write_run(tmp_path)
+    monkeypatch.setattr(onnx_export, "runs_on", lambda device: True)
+    code, text = refusal(capsys, ["-c", path, "--for", "cuda"])
+    assert code == 2 and "--for cuda needs -ds DIR" in text
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_a_provider_without_its_hardware_does_not_count(monkeypatch):
+    names = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: names)
+    assert onnx_export.runs_on("cpu") and not onnx_export.runs_on("cuda:99")
+
+
+@pytest.mark.parametrize("words", [[], ["--fixed-size", "64", "48"]], ids=["any size", "one size"])
+def test_half_precision_that_is_too_narrow_is_refused(tmp_path, capsys, words):
+    path = write_run(tmp_path)
+    saved = torch.load(path, weights_only=True)
+    state = saved["model_state_dict"]
+    last = [key for key in state if key.endswith("weight") and state[key].ndim == 4][-1]
+    state[last] *= 1e5  # of 65504, the largest number of float16
+    torch.save(saved, path)
+    export_onnx.main(["-c", str(path), "--for", "cuda", *words])
+    text = capsys.readouterr().out
+    assert "fp16 is refused: " in text and "of mask pixels are those of float32, expected 99% or more" in text
+    assert not path.with_name("run.fp16.onnx").exists() and path.with_suffix(".onnx").exists()
+
+
+def test_what_tensorrt_lacks_runs_on_the_same_gpu(monkeypatch):
+    made = []
+
+    class Session:
+        def __init__(self, model, options, providers):
+            made.append(providers)
+
+        def get_providers(self):
+            return [made[-1][0][0]]
+
+    names = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: names)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    for device in ("tensorrt:1", "cuda:1", "cpu"):
+        onnx_export.make_session(b"", device)
+    card = {"device_id": "1"}
+    assert made == [
+        [("TensorrtExecutionProvider", card), ("CUDAExecutionProvider", card)],
+        [("CUDAExecutionProvider", card)],
+        [("CPUExecutionProvider", {})],
+    ]
+
+
+# ---- what a file says ----
+
+
+def test_a_file_that_names_other_files_for_its_weights_is_refused(tmp_path):
+    config = write_checkpoint(tmp_path / "run.pth")
+    bare = onnx_export._export_script(random_network(config, 0).eval(), config, onnx_export.ANY_SIZE)
+    whole = onnx_export.describe(bare, config)
+    place = tmp_path / "split.onnx"
+    onnx.save_model(
+        onnx.load_model_from_string(whole), place, save_as_external_data=True, location="secret", size_threshold=0
+    )
+    with pytest.raises(ValueError, match="split.onnx names other files for its weights, expected one file"):
+        onnx_export.read_description(place)
+    onnx.save_model(onnx.load(place), place)
+    assert onnx_export.read_description(place).config == config
+
+
+def test_a_threshold_is_written_to_the_last_digit():
+    shell = Shell(output="mask", threshold=0.123456789)
+    assert Shell.from_metadata(shell.metadata()) == shell
