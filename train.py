@@ -498,7 +498,7 @@ def say_changes(run_dir: Path, flags: dict[str, Any], saved: Any, config: Any, *
     if not named and Path(before["dataset"]).resolve() != Path(flags["dataset"]).resolve():
         raise ValueError(f"{run_dir} holds a run on {before['dataset']}; give this one a name with --exp-name")
     quiet = {"epochs", "workers", "log_dir", "exp_name", "baselines", "cpu", "device", "encoder_weights", "init_from"}
-    quiet |= {"decimal", "worst", "dump_augmented"}
+    quiet |= {"decimal", "track", "worst", "dump_augmented"}
     for name in sorted(flags.keys() & before.keys() - quiet):
         if flags[name] != before[name]:
             print(f"warning: {name} was {before[name]} when this run began, it goes on with {flags[name]}")
