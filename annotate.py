@@ -153,7 +153,7 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> list[str]:
     cli.share_cores()
 
     from annotation import score_options, scoring, tune_options
-    from annotation.engine_options import options_from
+    from annotation.engine_options import options_from, pick_device
     from annotation.records import hold_folder
 
     against = score_options.options_from(args)
@@ -315,12 +315,6 @@ def name_pictures(paths: Sequence[Path]) -> tuple[dict[str, Path], list[str]]:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Engines
-
-
-def pick_device(args: argparse.Namespace) -> str:
-    """The device for networks; without weights PyTorch is not even loaded."""
-    networks = args.detector or args.sam or args.check_path or args.check_dir
-    return cli.pick_device(args.device, args.cpu) if networks else "cpu"
 
 
 def make_task(

@@ -3,7 +3,7 @@
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+import cli
 import onnx_export
 from checkpoint import ModelConfig, load_checkpoint
 from export_graph import Shell, file_runner
@@ -170,11 +171,15 @@ def onnx_forward(model: Path | bytes, device: str) -> tuple[ModelConfig, Forward
 
     Args:
         model: the file, or its content.
-        device: cpu, cuda or cuda:N.
+        device: cpu, cuda, cuda:N, tensorrt or tensorrt:N.
 
     Raises:
         FileNotFoundError, ValueError: no such file, not one of Tessera, or ONNX Runtime cannot run it on the device.
     """
+    return _open_onnx(model, device)[:2]
+
+
+def _open_onnx(model: Path | bytes, device: str) -> tuple[ModelConfig, Forward, Shell]:
     path = model if isinstance(model, Path) else Path("the export")
     content = onnx_export.read_onnx(model) if isinstance(model, Path) else model
     description = onnx_export.read_description(path, content)
@@ -203,7 +208,7 @@ def onnx_forward(model: Path | bytes, device: str) -> tuple[ModelConfig, Forward
                 raise RuntimeError(out_of_memory(batch.shape)) from error
             raise RuntimeError(f"{path} cannot take a batch of {batch.shape}: {shorten_error(error)}") from error
 
-    return config, forward
+    return config, forward, shell
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -274,6 +279,18 @@ def may_replace(place: Path) -> bool:
 # Either
 
 
+def pick_device(name: str, cpu: bool, paths: Sequence[Path]) -> str:
+    """See cli.pick_device; with an ONNX file among `paths`, auto takes what ONNX Runtime has too."""
+    device = cli.pick_device(name, cpu)
+    if name != "auto" or not any(map(is_onnx, paths)):
+        return device
+    try:
+        onnx_export.find_provider(device)
+    except ValueError:  # Apple's GPU, or the package without CUDA
+        return "cpu"
+    return device
+
+
 def load_config(path: Path) -> ModelConfig:
     """The description in a checkpoint or an ONNX file.
 
@@ -295,7 +312,7 @@ def load_forward(
 
     Args:
         path: .pth or .onnx.
-        device: cpu, cuda, cuda:N or mps.
+        device: cpu, cuda, cuda:N, mps, or of ONNX Runtime tensorrt.
         backend: torch, onnx (exports the checkpoint unless that was done before), or auto: on a CPU ONNX Runtime when
             an export of this checkpoint exists or when PyTorch would need longer than an export takes, else PyTorch.
         megapixels: what the network is to see: every tile, in every view; auto exports nothing without it.
@@ -314,7 +331,8 @@ def load_forward(
             raise ValueError("--device tensorrt runs ONNX files: use --backend onnx, or --device cuda")
         backend = "onnx"
     if is_onnx(path):
-        return *onnx_forward(path, device), f"ONNX Runtime on {device}"
+        config, forward, shell = _open_onnx(path, device)
+        return config, forward, f"ONNX Runtime on {device}{_decided(config, shell)}"
     if backend == "torch" or (backend == "auto" and (device != "cpu" or amp != "no")):
         return *_load_torch(path, device, amp), f"PyTorch on {device}"
     onnx_export.find_provider(device)
@@ -328,6 +346,14 @@ def load_forward(
         except ExportError as error:
             raise RuntimeError(f"{path} cannot be exported for ONNX Runtime: {error}. Use --backend torch") from error
     return _load_faster(path, digest, device, megapixels)
+
+
+def _decided(config: ModelConfig, shell: Shell) -> str:
+    """What a user must know of a file that gives no probabilities."""
+    if shell.output != "mask":
+        return ""
+    where = f" decided at {shell.threshold:g}" if config.num_logits == 1 else ""
+    return f", which gives masks{where} and no probabilities: -t, AUC and best thresholds mean nothing with it"
 
 
 def _check_choices(path: Path, backend: str, amp: str) -> None:

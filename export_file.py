@@ -153,3 +153,15 @@ def describe_source(source: Source) -> str:
     if source.bare is not None:
         return f"{source.path}: {', '.join(config.channels)} to {', '.join(config.class_names)}"
     return f"checkpoint {source.path}: {config.architecture} {config.encoder}, {config.geometry.kind}"
+
+
+def doubts(config: ModelConfig, fitted: ModelConfig) -> list[str]:
+    """What a user is to know about the description of a file, `fitted`, that is made of a network's."""
+    texts = [f"the network comes from {text}" for text in fitted.assumptions]
+    (height, width), (rows, cols) = config.geometry.size, fitted.geometry.size
+    if config.geometry.kind == "resize" and (height, width) != (rows, cols) and not config.assumptions:
+        texts.append(
+            f"the network was trained on images resized to {height}x{width}, and this file is for {rows}x{cols}; its "
+            "answers may be worse: see the IoU with -ds"
+        )
+    return texts

@@ -31,13 +31,16 @@ class Tile:
     mask: np.ndarray | None
 
 
-def load_tiles(folder: Path, config: ModelConfig, count: int, *, split: str = "val") -> list[Tile]:
+def load_tiles(
+    folder: Path, config: ModelConfig, count: int, *, split: str = "val", say: Callable[[str], None] | None = None
+) -> list[Tile]:
     """One tile from the middle of each of so many images, evenly spread over a split in the order of their names.
 
     Args:
         folder: a split folder, all of which is taken, or the root of a data set. One without val/ is split by name as
             in training.
         split: train or val, of a root.
+        say: takes a line for each image that cannot be used while others can.
 
     Raises:
         DatasetError: no image there can be used; says why for each.
@@ -68,6 +71,8 @@ def load_tiles(folder: Path, config: ModelConfig, count: int, *, split: str = "v
         raise DatasetError(
             f"{folder} has no image to try the export on; expected images/ that the network takes\n{listed}".rstrip()
         )
+    for message in problems if say else ():
+        say(f"warning: not looked at: {message}")  # type: ignore[misc]
     return tiles
 
 

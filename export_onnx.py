@@ -405,7 +405,15 @@ def fixed_size(args: argparse.Namespace) -> tuple[int, int] | None:
 
 def export_one(path: Path, target: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Export, prove, write and measure one checkpoint; returns the rows of its table."""
-    from export_file import describe_outside, describe_proof, describe_source, load_source, make_export, make_script
+    from export_file import (
+        describe_outside,
+        describe_proof,
+        describe_source,
+        doubts,
+        load_source,
+        make_export,
+        make_script,
+    )
     from export_graph import fit_config
     from export_measure import load_tiles
     from export_report import measure
@@ -415,9 +423,9 @@ def export_one(path: Path, target: Path, args: argparse.Namespace) -> list[dict[
     shell = replace(shell_of(args, source.config), size=size)
     print(describe_source(source))
     fitted = fit_config(source.config, shell.size) if shell.size else source.config
-    for text in fitted.assumptions:
-        print(f"warning: the network comes from {text}")
-    tiles = load_tiles(args.real_images, fitted, args.tiles) if args.real_images else []
+    for text in doubts(source.config, fitted):
+        print(f"warning: {text}")
+    tiles = load_tiles(args.real_images, fitted, args.tiles, say=print) if args.real_images else []
     check_pixels(tiles, shell)
     pixels = [tile.pixels for tile in tiles]
     made = make_export(source, shell, args.opset, pixels)
@@ -582,7 +590,7 @@ def reduce_bits(
             raise ValueError(f"--quantize: {args.real_images} has no masks; expected some, to see what fewer bits cost")
         return iou
 
-    chosen = load_tiles(args.calibration or args.real_images, made.config, args.tiles, split="train")
+    chosen = load_tiles(args.calibration or args.real_images, made.config, args.tiles, split="train", say=print)
     batches = [pad_tile(tile.pixels, made.config) for tile in chosen]
     batches = [pad_to(batch, size) for batch in batches] if size else batches
     result = quantise(

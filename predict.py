@@ -114,11 +114,11 @@ def run(args: argparse.Namespace) -> list[str]:
     """Predict all images; return what went wrong."""
     cli.share_cores()
 
-    from backends import load_config
+    from backends import load_config, pick_device
     from result_record import merge_run_lengths, write_description
 
-    device = cli.pick_device(args.device, args.cpu)
     paths = find_checkpoints(args)
+    device = pick_device(args.device, args.cpu, paths)
     configs = [load_config(path) for path in paths]
     check_ensemble(paths, configs)
     pairs, clips, failures = find_inputs(args, configs[0])

@@ -79,11 +79,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = cli.parse(parser, argv)
     with cli.plain_errors(parser):
-        from backends import load_config, load_forward, megapixels_seen
+        from backends import load_config, load_forward, megapixels_seen, pick_device
         from checkpoint import find_checkpoint
 
-        device = cli.pick_device(args.device, args.cpu)
         path = args.check_path or find_checkpoint(args.check_dir)
+        device = pick_device(args.device, args.cpu, [path])
         config = load_config(path)
         print(f"checkpoint {path}: {config.architecture} {config.encoder}, {config.geometry.kind}; device: {device}")
         threshold = cli.pick_threshold(args.thres, config.thresholds)

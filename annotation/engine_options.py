@@ -94,6 +94,15 @@ def add_engine_args(parser: argparse.ArgumentParser) -> None:
     trained_options.add_trained_args(parser)
 
 
+def pick_device(args: argparse.Namespace) -> str:
+    """The device for networks; without weights PyTorch is not even loaded."""
+    if not (args.detector or args.sam or args.check_path or args.check_dir):
+        return "cpu"
+    import backends
+
+    return backends.pick_device(args.device, args.cpu, [args.check_path] if args.check_path else [])
+
+
 def options_from(args: argparse.Namespace, device: str) -> EngineOptions:
     """The options behind the flags of add_engine_args.
 

@@ -8,11 +8,16 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from tiny_runs import random_network, write_checkpoint
+from tiny_runs import random_network, write_checkpoint, write_split
 
+import annotate
+import backends
 import export_onnx
 import export_report
 import onnx_export
+import predict
+import validate
+from checkpoint import Geometry
 from export_graph import Shell
 
 
@@ -177,3 +182,51 @@ def test_a_file_that_names_other_files_for_its_weights_is_refused(tmp_path):
 def test_a_threshold_is_written_to_the_last_digit():
     shell = Shell(output="mask", threshold=0.123456789)
     assert Shell.from_metadata(shell.metadata()) == shell
+
+
+def test_commands_say_that_a_file_gives_no_probabilities(tmp_path, capsys):
+    for classes, words in ((1, "gives masks decided at 0.3 and no probabilities"), (4, "gives masks and no prob")):
+        path, split = write_run(tmp_path / str(classes), classes=classes), write_split(tmp_path / f"val{classes}")
+        limit = ["-t", "0.3"] if classes == 1 else []
+        export_onnx.main(["-c", str(path), "--with-postprocessing", "mask", *limit])
+        capsys.readouterr()
+        common = ["-c", str(path.with_suffix(".onnx")), "-o", str(tmp_path / f"out{classes}")]
+        predict.main([*common, "-i", str(split / "images")])
+        validate.main([*common, "-d", str(split), "-log", str(tmp_path / "logs")])
+        assert capsys.readouterr().out.count(words) == 2
+
+
+def test_another_size_than_that_of_training_is_said(tmp_path, capsys):
+    path = write_run(tmp_path, geometry=Geometry("resize", (64, 64)))
+    for words, warned in ((["--fixed-size", "64"], False), ([], False), (["--fixed-size", "48", "80"], True)):
+        export_onnx.main(["-c", str(path), *words])
+        text = "warning: the network was trained on images resized to 64x64, and this file is for 48x80"
+        assert (text in capsys.readouterr().out) == warned
+
+
+def test_images_that_cannot_be_tried_are_named(tmp_path, capsys):
+    path, split = write_run(tmp_path), write_split(tmp_path / "val")
+    (split / "images" / "0.png").write_bytes(b"no picture")
+    export_onnx.main(["-c", str(path), "-ds", str(split)])
+    text = capsys.readouterr().out
+    assert "warning: not looked at: " in text and "0.png" in text and "IoU: of 1 tiles" in text
+
+
+def test_without_a_device_a_file_runs_on_what_onnx_runtime_has(tmp_path, monkeypatch, capsys):
+    path, split = write_run(tmp_path), write_split(tmp_path / "val")
+    export_onnx.main(["-c", str(path)])
+    file = path.with_suffix(".onnx")
+    pick = backends.pick_device
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert pick("auto", False, [path]) == "mps" and pick("auto", False, [path, file]) == "cpu"
+    assert pick("auto", True, [path]) == "cpu"
+    capsys.readouterr()
+    predict.main(["-c", str(file), "-i", str(split / "images"), "-o", str(tmp_path / "out")])
+    validate.main(["-c", str(file), "-d", str(split), "-o", str(tmp_path / "val_out"), "-log", str(tmp_path / "logs")])
+    flags = ["--images", str(split / "images"), "-c", str(file), "--engines", "model", "-o", str(tmp_path / "labels")]
+    annotate.main(flags)
+    assert capsys.readouterr().out.count("ONNX Runtime on cpu") == 3
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert pick("auto", False, [path]) == "cuda" and pick("auto", False, [file]) == "cpu"
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    assert pick("auto", False, [file]) == "cuda"
