@@ -327,13 +327,19 @@ def test_images_are_scored_once_by_all_processes(tmp_path, world):
 
 # ---- whole runs ----
 
+# Adam divides a gradient by its own size: of a weight whose gradient is nothing but rounding it makes a whole step, and
+# one process in another memory layout differs from itself by 1e-3 after three epochs of jaccard. SGD does not.
+SGD = ["--optim", "SGD", "-lr", 0.1]
 RUNS = {  # images, words
     "bce": (7, ["--loss", "bce", "-b", 3]),  # batches of 3, 3, 1: one process has nothing of the last
-    "dice": (8, ["--loss", "dice", "-b", 4, "-sc", "constant"]),
-    "more": (7, ["--loss", "0.5*ce+0.5*jaccard", "-b", 3, "--ema", 0.9, "--freeze-encoder", 1, "--accumulate", 2]),
+    "dice": (8, ["--loss", "dice", "-b", 4, "-sc", "constant", *SGD]),
+    "more": (
+        7,
+        ["--loss", "0.5*ce+0.5*jaccard", "-b", 3, "--ema", 0.9, "--freeze-encoder", 1, "--accumulate", 2, *SGD],
+    ),
 }
 LONGER = {
-    f"{loss}-{images}-{batch}": (images, ["--loss", loss, "-b", batch, *more])
+    f"{loss}-{images}-{batch}": (images, ["--loss", loss, "-b", batch, *more, *SGD])
     for loss in ("bce", "dice", "jaccard", "tversky", "focal", "0.3*ce+0.7*dice")
     for images, batch, more in ((7, 4, ["--clip", 0.1]), (8, 3, ["--crops", 3]), (8, 8, ["--encoder-lr-scale", 0.1]))
 }
@@ -391,8 +397,11 @@ def read_rows(run):
     return [{key: value for key, value in row.items() if key not in ("seconds", "waited")} for row in rows]
 
 
+SCORES = ("iou", "dice", "classes", "best")  # ratios of numbers of pixels
+
+
 def assert_near(ours, theirs, where=""):
-    """Everything the same, numbers to 1e-4."""
+    """Everything the same, numbers to 1e-4, scores to two of the 7168 pixels: one may round over the threshold."""
     assert type(ours) is type(theirs), where
     if isinstance(ours, dict):
         assert list(ours) == list(theirs), where
@@ -405,7 +414,8 @@ def assert_near(ours, theirs, where=""):
     elif isinstance(ours, torch.Tensor) and ours.dtype != torch.uint8:
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0, msg=where)
     elif isinstance(ours, float):
-        assert ours == pytest.approx(theirs, abs=1e-4), where
+        counted = any(part in SCORES for part in where.split("/"))
+        assert ours == pytest.approx(theirs, abs=3e-4 if counted else 1e-4), where
 
 
 def assert_same_run(logs, ours, theirs):
