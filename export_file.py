@@ -17,6 +17,7 @@ from foreign_onnx import Adopted, noise_images
 from torchscript import export_script, script_runner
 
 ORIGIN = "export_onnx.py"
+FOREIGN = "another project"  # in the place of the exporter
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def load_source(path: Path) -> Source:
 
 def foreign_source(path: Path, adopted: Adopted, config: ModelConfig) -> Source:
     """A file of another project; the description is `config`, in which flags had their say."""
-    entries = {"digest": file_digest(path), "origin": ORIGIN, "exporter": "another project", "failed": ""}
+    entries = {"digest": file_digest(path), "origin": ORIGIN, "exporter": FOREIGN, "failed": ""}
     return Source(path, config, adopted.original, entries, adopted.bare)
 
 
@@ -137,6 +138,14 @@ def describe_outside(shell: Shell) -> str:
     pixels = f"raw {shell.pixels} (N, H, W, C)" if shell.pixels else "normalised float32 (N, C, H, W)"
     size = f"one image of {shell.size[0]}x{shell.size[1]}" if shell.size else "any size"
     return f"{pixels}, {size}, to {shell.output}"
+
+
+def describe_way(made: Export) -> str:
+    """Who wrote the graph, and why not the first exporter."""
+    exporter, failed = made.metadata["exporter"], made.metadata["failed"]
+    if exporter == FOREIGN:
+        return "the graph of another project"
+    return f"exported by {exporter}{f' ({failed})' if failed else ''}"
 
 
 def describe_proof(proof: Proof) -> str:

@@ -409,6 +409,7 @@ def export_one(path: Path, target: Path, args: argparse.Namespace) -> list[dict[
         describe_outside,
         describe_proof,
         describe_source,
+        describe_way,
         doubts,
         load_source,
         make_export,
@@ -435,8 +436,7 @@ def export_one(path: Path, target: Path, args: argparse.Namespace) -> list[dict[
     exports = {"onnx": target}
     with atomic_write(target) as file:
         file.write(made.model)
-    how = f"exported by {made.metadata['exporter']}" if source.bare is None else "the graph of another project"
-    print(f"{target}: {describe_outside(made.shell)}, {how}; {describe_proof(made.proof)}")
+    print(f"{target}: {describe_outside(made.shell)}, {describe_way(made)}; {describe_proof(made.proof)}")
     if args.torchscript:
         exports["torchscript"] = target.with_suffix(".pt")
         content = make_script(source, made, pixels)

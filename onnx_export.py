@@ -404,7 +404,7 @@ def find_provider(device: str) -> tuple[str, dict[str, str]]:
     if names[kind] not in available:
         raise ValueError(
             f"--backend onnx on {device}: the installed onnxruntime has {', '.join(available)}, expected "
-            f"{names[kind]}. Install onnxruntime-gpu in its place, or use --cpu, or --backend torch"
+            f"{names[kind]}. Install onnxruntime-gpu in its place, or use --cpu, or a checkpoint with --backend torch"
         )
     return names[kind], {"device_id": number or "0"}
 

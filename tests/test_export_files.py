@@ -230,3 +230,12 @@ def test_without_a_device_a_file_runs_on_what_onnx_runtime_has(tmp_path, monkeyp
     assert pick("auto", False, [path]) == "cuda" and pick("auto", False, [file]) == "cpu"
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     assert pick("auto", False, [file]) == "cuda"
+
+
+def test_why_the_first_exporter_did_not_write_a_file_is_said(tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr(onnx_export, "_export_program", fail)
+    export_onnx.main(["-c", str(write_run(tmp_path))])
+    assert "exported by TorchScript (torch.export: no such operator); differs by" in capsys.readouterr().out
