@@ -237,9 +237,9 @@ class ScoreBoard:
         Raises:
             DatasetError: the pattern does not match its name.
         """
-        from pairing import _group
+        from pairing import group_name
 
-        group = None if self.group_pattern is None else _group(stem, self.group_pattern)
+        group = None if self.group_pattern is None else group_name(stem, self.group_pattern)
         self.images[stem] = group, scores
 
     @property
