@@ -115,7 +115,8 @@ def test_no_file(tmp_path):
 )
 def test_a_checkpoint_of_another_project(tmp_path, content):
     torch.save(content, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match=r"other.pth: it has no 'config' entry: it is not a checkpoint written by train"):
+    message = r"other.pth: it has no .config. entry: it is not a checkpoint written by train"
+    with pytest.raises(ValueError, match=message):
         load_checkpoint(tmp_path / "other.pth")
 
 
