@@ -327,9 +327,9 @@ def test_images_are_scored_once_by_all_processes(tmp_path, world):
 
 # ---- whole runs ----
 
-# Adam divides a gradient by its own size: of a weight whose gradient is nothing but rounding it makes a whole step, and
-# one process in another memory layout differs from itself by 1e-3 after three epochs of jaccard. SGD does not.
-SGD = ["--optim", "SGD", "-lr", 0.1]
+# Rounding grows in training: Adam makes a whole step of a gradient that is nothing but rounding, and a ReLU that it
+# turns changes gradients at once. One process that computes each batch in halves differs from itself by as much.
+SGD = ["--optim", "SGD", "-lr", 0.01]
 RUNS = {  # images, words
     "bce": (7, ["--loss", "bce", "-b", 3]),  # batches of 3, 3, 1: one process has nothing of the last
     "dice": (8, ["--loss", "dice", "-b", 4, "-sc", "constant", *SGD]),
@@ -401,7 +401,7 @@ SCORES = ("iou", "dice", "classes", "best")  # ratios of numbers of pixels
 
 
 def assert_near(ours, theirs, where=""):
-    """Everything the same, numbers to 1e-4, scores to two of the 7168 pixels: one may round over the threshold."""
+    """Everything the same, numbers to 1e-4, scores to two of some 1300 object pixels, which may round."""
     assert type(ours) is type(theirs), where
     if isinstance(ours, dict):
         assert list(ours) == list(theirs), where
@@ -415,7 +415,7 @@ def assert_near(ours, theirs, where=""):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0, msg=where)
     elif isinstance(ours, float):
         counted = any(part in SCORES for part in where.split("/"))
-        assert ours == pytest.approx(theirs, abs=3e-4 if counted else 1e-4), where
+        assert ours == pytest.approx(theirs, abs=1.5e-3 if counted else 1e-4), where
 
 
 def assert_same_run(logs, ours, theirs):
