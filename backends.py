@@ -3,7 +3,7 @@
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -279,10 +279,10 @@ def may_replace(place: Path) -> bool:
 # Either
 
 
-def pick_device(name: str, cpu: bool, paths: Sequence[Path]) -> str:
-    """See cli.pick_device; with an ONNX file among `paths`, auto takes what ONNX Runtime has too."""
+def pick_device(name: str, cpu: bool, path: Path | None) -> str:
+    """See cli.pick_device; where `path` of -c is an ONNX file, auto takes what ONNX Runtime has too."""
     device = cli.pick_device(name, cpu)
-    if name != "auto" or not any(map(is_onnx, paths)):
+    if name != "auto" or not (path and is_onnx(path)):
         return device
     try:
         onnx_export.find_provider(device)

@@ -16,7 +16,6 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 
 OPSETS = (13, 23)
 REPORT = "report.json"
-LEAST_HALF = 0.99  # of mask pixels that float16 decides as float32 does, where IoU and speed cannot be measured
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -111,7 +109,7 @@ def add_proof_args(parser: argparse.ArgumentParser) -> None:
         "--calibration",
         type=Path,
         metavar="DIR",
-        help="training images that --quantize looks at; default: those of -ds",
+        help="training images that int8-static looks at; default: those of -ds",
     )
     group.add_argument("--tiles", type=cli.positive_int, default=16, metavar="N", help="images of -ds to try it on")
 
@@ -210,11 +208,16 @@ def check_flags(args: argparse.Namespace) -> None:
         raise cli.UsageError("-t decides masks: give --with-postprocessing mask too, or leave it out")
     if args.target == "cuda" and args.quantize not in (None, "fp16"):
         raise cli.UsageError(f"--for cuda writes fp16, found --quantize {args.quantize}: use fp16, or --for cpu")
-    if (args.quantize or args.target == "cuda") and not (args.real_images or unmeasured(args)):
+    blind = False
+    if args.target == "cuda":
+        from onnx_export import runs_on
+
+        blind = not runs_on("cuda")
+    if (args.quantize or args.target == "cuda") and not (args.real_images or blind):
         flag = "--quantize" if args.quantize else "--for cuda"
         raise cli.UsageError(f"{flag} needs -ds DIR: images with masks, to see what it costs")
-    if args.calibration and not args.quantize:
-        raise cli.UsageError("--calibration is for --quantize: give it too, or leave it out")
+    if args.calibration and args.quantize != "int8-static":
+        raise cli.UsageError("--calibration is for --quantize int8-static: give it too, or leave it out")
     if args.fixed_size and len(args.fixed_size) > 2:
         raise cli.UsageError(f"--fixed-size takes a side, or height and width; found {len(args.fixed_size)} numbers")
 
@@ -319,14 +322,11 @@ def find_target(path: Path, args: argparse.Namespace) -> Path:
 
 def beside(target: Path, args: argparse.Namespace) -> list[Path]:
     """The other files that may be written."""
+    from fewer_bits import place_beside
+
     files = [target.with_suffix(".pt")] if args.torchscript else []
     kind = args.quantize or ("fp16" if args.target == "cuda" else "")
-    return [*files, quantised_place(target, kind)] if kind else files
-
-
-def quantised_place(target: Path, kind: str) -> Path:
-    """Where the network in fewer bits goes."""
-    return target.with_name(f"{target.stem}.{kind}.onnx")
+    return [*files, place_beside(target, kind)] if kind else files
 
 
 def check_place(place: Path, path: Path, *, replace_any: bool) -> None:
@@ -418,6 +418,7 @@ def export_one(path: Path, target: Path, args: argparse.Namespace) -> list[dict[
     from export_graph import fit_config
     from export_measure import load_tiles
     from export_report import measure
+    from fewer_bits import BitOptions, write_in_fewer_bits
     from image_io import atomic_write
 
     source, size = adopt_file(path, args) if path.suffix.lower() == ".onnx" else (load_source(path), fixed_size(args))
@@ -444,7 +445,10 @@ def export_one(path: Path, target: Path, args: argparse.Namespace) -> list[dict[
             file.write(content)
         print(f"{exports['torchscript']}: TorchScript, the same proof")
     if args.quantize or args.target == "cuda":
-        exports |= quantised_file(target, source.config, made, args, tiles)
+        kind = args.quantize or "fp16"
+        options = BitOptions(kind, args.target, args.max_iou_drop, args.calibration_method)
+        place = write_in_fewer_bits(target, source.config, made, tiles, calibration_tiles(args, made), options, print)
+        exports |= {kind: place} if place else {}
     return measure(source, exports, made, tiles)
 
 
@@ -516,101 +520,19 @@ def check_pixels(tiles: Sequence["Tile"], shell: "Shell") -> None:
 # Fewer bits
 
 
-def quantised_file(
-    target: Path, config: "ModelConfig", made: "Export", args: argparse.Namespace, tiles: Sequence["Tile"]
-) -> dict[str, Path]:
-    """Write the network in fewer bits beside its file if that pays; returns variant and file, or nothing.
+def calibration_tiles(args: argparse.Namespace, made: "Export") -> list["Tile"]:
+    """Training tiles for int8; none where nothing is calibrated."""
+    from export_measure import load_tiles
 
-    Raises:
-        cli.UsageError, ValueError: no masks to measure it with, or no tiles to calibrate it on.
-    """
-    from export_graph import wrap_network
-    from image_io import atomic_write
-    from onnx_export import DESCRIPTION, describe, read_metadata
-
-    kind = args.quantize or "fp16"
-    place = quantised_place(target, kind)
-    blind = kind == "fp16" and unmeasured(args)
-    bare, entries = half_unmeasured(config, made, tiles) if blind else reduce_bits(config, made, args, tiles)
-    if bare is None:
-        if place.exists():
-            print(f"warning: {place} is of an earlier export and stays as it is, perhaps of another network")
-        return {}
-    metadata = {**read_metadata(bare), **made.shell.metadata(), **entries, "quantised": kind}
-    metadata.pop(DESCRIPTION)
-    with atomic_write(place) as file:
-        file.write(describe(wrap_network(bare, config, made.shell), made.config, **metadata))
-    print(f"{place}: {entries['measured']}")
-    return {kind: place}
-
-
-def unmeasured(args: argparse.Namespace) -> bool:
-    """Whether a file for a GPU is asked for and there is none to measure it on."""
-    from onnx_export import runs_on
-
-    return args.target == "cuda" and not runs_on("cuda")
-
-
-def half_unmeasured(
-    config: "ModelConfig", made: "Export", tiles: Sequence["Tile"]
-) -> tuple[bytes | None, dict[str, str]]:
-    """The network in float16, for a GPU that is not here; nothing, with the reason printed, when it is too narrow."""
-    from export_graph import frame_of
-    from export_measure import pad_tile
-    from export_proof import agree_in_half
-    from quantisation import to_half
-
-    size = frame_of(made.shell.size, config) if made.shell.size else None
-    model = to_half(made.bare)
-    share = agree_in_half(made.bare, model, config, [pad_tile(tile.pixels, made.config) for tile in tiles], size)
-    if not share >= LEAST_HALF:
+    if args.quantize != "int8-static":
+        return []
+    folder = args.calibration or args.real_images
+    if not args.calibration and folder.resolve().name in ("train", "val", "test"):
         print(
-            f"fp16 is refused: {share:.2%} of mask pixels are those of float32, expected {LEAST_HALF:.0%} or more: the "
-            "network's numbers leave the range of float16. Use the float file"
+            f"warning: int8 is calibrated on the images of {folder} that it is scored on, which flatters it; give "
+            "--calibration DIR with training images, or -ds with a folder that holds train/ and val/"
         )
-        return None, {}
-    return model, {"measured": "unmeasured: fp16 for CUDA, and there is no GPU here"}
-
-
-def reduce_bits(
-    config: "ModelConfig", made: "Export", args: argparse.Namespace, tiles: Sequence["Tile"]
-) -> tuple[bytes | None, dict[str, str]]:
-    """The network in fewer bits and what was measured, or nothing with the reason printed."""
-    from export_graph import Shell, file_runner, frame_of, pad_to
-    from export_measure import load_tiles, pad_tile, score_tiles
-    from export_proof import model_runner
-    from quantisation import compare_speed, find_vnni, quantise
-
-    size = frame_of(made.shell.size, config) if made.shell.size else None
-
-    def score(model: bytes) -> float:
-        forward = file_runner(model_runner(model), config, Shell(size=size))
-        iou = score_tiles(forward, tiles, made.config, made.shell.threshold)
-        if iou is None:
-            raise ValueError(f"--quantize: {args.real_images} has no masks; expected some, to see what fewer bits cost")
-        return iou
-
-    chosen = load_tiles(args.calibration or args.real_images, made.config, args.tiles, split="train", say=print)
-    batches = [pad_tile(tile.pixels, made.config) for tile in chosen]
-    batches = [pad_to(batch, size) for batch in batches] if size else batches
-    result = quantise(
-        made.bare,
-        config,
-        args.quantize or "fp16",
-        calibration=batches,
-        measure=score,
-        max_drop=args.max_iou_drop,
-        method=args.calibration_method,
-        race=partial(compare_speed, device=args.target),
-    )
-    print(f"{result.reason}; VNNI: {find_vnni()}")
-    figures = f"IoU {result.iou_before:.4f} to {result.iou_after:.4f}, {result.seconds_before:.4f} to "
-    entries = {
-        "measured": f"{figures}{result.seconds_after:.4f} s on {args.target}",
-        "float_layers": " ".join(result.float_layers),
-        "vnni": find_vnni(),
-    }
-    return (result.model if result.kept else None), entries
+    return load_tiles(folder, made.config, args.tiles, split="train", say=print)
 
 
 if __name__ == "__main__":

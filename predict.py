@@ -117,8 +117,8 @@ def run(args: argparse.Namespace) -> list[str]:
     from backends import load_config, pick_device
     from result_record import merge_run_lengths, write_description
 
+    device = pick_device(args.device, args.cpu, args.check_path)
     paths = find_checkpoints(args)
-    device = pick_device(args.device, args.cpu, paths)
     configs = [load_config(path) for path in paths]
     check_ensemble(paths, configs)
     pairs, clips, failures = find_inputs(args, configs[0])

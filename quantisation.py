@@ -93,7 +93,7 @@ def quantise(
     _check_choice("calibration method", method, METHODS)
     tiles = _checked_tiles(calibration, config)
     head = list(itertools.islice(tiles, PROBE_TILES))
-    with tempfile.TemporaryDirectory() as scratch, _quiet():
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch, _quiet():
         try:
             prepared = _prepare(model, Path(scratch))
             convert = _converter(kind, prepared, itertools.chain(head, tiles), METHODS[method])

@@ -82,8 +82,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         from backends import load_config, load_forward, megapixels_seen, pick_device
         from checkpoint import find_checkpoint
 
+        device = pick_device(args.device, args.cpu, args.check_path)
         path = args.check_path or find_checkpoint(args.check_dir)
-        device = pick_device(args.device, args.cpu, [path])
         config = load_config(path)
         print(f"checkpoint {path}: {config.architecture} {config.encoder}, {config.geometry.kind}; device: {device}")
         threshold = cli.pick_threshold(args.thres, config.thresholds)

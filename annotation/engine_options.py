@@ -100,7 +100,7 @@ def pick_device(args: argparse.Namespace) -> str:
         return "cpu"
     import backends
 
-    return backends.pick_device(args.device, args.cpu, [args.check_path] if args.check_path else [])
+    return backends.pick_device(args.device, args.cpu, args.check_path)
 
 
 def options_from(args: argparse.Namespace, device: str) -> EngineOptions:

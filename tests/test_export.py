@@ -16,8 +16,10 @@ from tiny_runs import blobs, random_network, write_checkpoint, write_split
 from torch import nn
 
 import backends
+import export_file
 import export_onnx
 import export_proof
+import fewer_bits
 import onnx_export
 import predict
 import validate
@@ -203,7 +205,7 @@ def test_networks_that_hardly_react_are_also_proved_with_random_statistics(tmp_p
     def prove_spread(network, config):
         return export_proof.reference(network, config, export_proof.noise_batches(config, Shell())[-1]).std()
 
-    monkeypatch.setattr(export_proof, "randomise_statistics", spy)
+    monkeypatch.setattr(export_file, "randomise_statistics", spy)
     export_onnx.main(["-c", str(path)])
     assert len(seen) == 1 and seen[0] > 0.1
 
@@ -271,9 +273,7 @@ def test_the_first_exporter_writes_what_the_checkpoint_gives(tmp_path, monkeypat
 
 
 def test_the_report_holds_every_variant(tmp_path, capsys, monkeypatch):
-    import quantisation
-
-    monkeypatch.setattr(quantisation, "compare_speed", lambda *_, **__: (1.0, 0.5))
+    monkeypatch.setattr(fewer_bits, "compare_speed", lambda *_, **__: (1.0, 0.5))
     path, _, _ = network_of(tmp_path, classes=4)
     split = write_split(tmp_path / "val")
     for file in (split / "gt").iterdir():
@@ -382,14 +382,12 @@ def test_two_exports_to_one_file_at_once(tmp_path):
 
 
 def test_fewer_bits_are_kept_beside_the_file_or_refused_with_figures(tmp_path, capsys, monkeypatch):
-    import quantisation
-
     path, _, _ = network_of(tmp_path)
     split, out = write_split(tmp_path / "val"), tmp_path / "net.onnx"
     words = ["-c", path, "-o", out, "-ds", split, "--quantize", "int8-dynamic", "--with-preprocessing"]
     words = [*map(str, words), "--max-iou-drop", "0.2"]
     for factor, kept in ((0.5, True), (2.0, False)):
-        monkeypatch.setattr(quantisation, "compare_speed", lambda *_, factor=factor, **__: (1.0, factor))
+        monkeypatch.setattr(fewer_bits, "compare_speed", lambda *_, factor=factor, **__: (1.0, factor))
         export_onnx.main(words)
         text = capsys.readouterr().out
         place = tmp_path / "net.int8-dynamic.onnx"
@@ -476,7 +474,7 @@ def test_calibration_without_images_and_scores_without_masks(tmp_path, capsys):
     assert code == 1 and str(tmp_path / "train") in text and "image" in text
     (split / "gt").rename(tmp_path / "elsewhere")
     code, text = refusal(capsys, words)
-    assert code == 1 and "has no masks; expected some, to see what fewer bits cost" in text
+    assert code == 1 and "-ds have no masks; expected some, to see what fewer bits cost" in text
 
 
 @pytest.mark.parametrize(("device", "provider"), [("cuda", "CUDAExecution"), ("tensorrt", "TensorrtExecution")])

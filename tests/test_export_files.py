@@ -14,6 +14,7 @@ import annotate
 import backends
 import export_onnx
 import export_report
+import fewer_bits
 import onnx_export
 import predict
 import validate
@@ -218,8 +219,8 @@ def test_without_a_device_a_file_runs_on_what_onnx_runtime_has(tmp_path, monkeyp
     file = path.with_suffix(".onnx")
     pick = backends.pick_device
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert pick("auto", False, [path]) == "mps" and pick("auto", False, [path, file]) == "cpu"
-    assert pick("auto", True, [path]) == "cpu"
+    assert pick("auto", False, path) == "mps" and pick("auto", False, file) == "cpu"
+    assert pick("auto", True, path) == "cpu"
     capsys.readouterr()
     predict.main(["-c", str(file), "-i", str(split / "images"), "-o", str(tmp_path / "out")])
     validate.main(["-c", str(file), "-d", str(split), "-o", str(tmp_path / "val_out"), "-log", str(tmp_path / "logs")])
@@ -227,9 +228,9 @@ def test_without_a_device_a_file_runs_on_what_onnx_runtime_has(tmp_path, monkeyp
     annotate.main(flags)
     assert capsys.readouterr().out.count("ONNX Runtime on cpu") == 3
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert pick("auto", False, [path]) == "cuda" and pick("auto", False, [file]) == "cpu"
+    assert pick("auto", False, path) == "cuda" and pick("auto", False, file) == "cpu"
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
-    assert pick("auto", False, [file]) == "cuda"
+    assert pick("auto", False, file) == "cuda"
 
 
 def test_why_the_first_exporter_did_not_write_a_file_is_said(tmp_path, monkeypatch, capsys):
@@ -239,3 +240,17 @@ def test_why_the_first_exporter_did_not_write_a_file_is_said(tmp_path, monkeypat
     monkeypatch.setattr(onnx_export, "_export_program", fail)
     export_onnx.main(["-c", str(write_run(tmp_path))])
     assert "exported by TorchScript (torch.export: no such operator); differs by" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("folder", "flags", "warned"), [("val", [], True), ("val", ["train"], False), ("", [], False)])
+def test_calibrating_on_what_is_scored_is_said(tmp_path, capsys, monkeypatch, folder, flags, warned):
+    path = write_run(tmp_path)
+    for name in ("train", "val"):
+        write_split(tmp_path / "data" / name)
+    seen = []
+    monkeypatch.setattr(fewer_bits, "write_in_fewer_bits", lambda *args: seen.append(args[4]))
+    words = ["-c", path, "-o", tmp_path / "net.onnx", "-ds", tmp_path / "data" / folder, "--quantize", "int8-static"]
+    words += [word for name in flags for word in ("--calibration", tmp_path / "data" / name)]
+    export_onnx.main([str(word) for word in words])
+    assert ("that it is scored on, which flatters it" in capsys.readouterr().out) == warned
+    assert len(seen) == 1 and len(seen[0]) > 0

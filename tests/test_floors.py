@@ -63,7 +63,7 @@ FLOORS = (
     {"trainer", "video_prediction"},
     {"baselines", "export_measure", "folds", "foreign_onnx", "lr_finder", "train_options"},
     {"export_file"},
-    {"export_report"},
+    {"export_report", "fewer_bits"},
     {"annotate", "export_onnx", "predict", "pretrain", "train", "validate", "dataset_utils", "benchmarks"},
 )
 COMMANDS = FLOORS[-1]
