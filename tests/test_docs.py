@@ -71,6 +71,36 @@ def readme() -> str:
     return (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def russian_readme() -> str:
+    return (ROOT / "README.ru.md").read_text(encoding="utf-8")
+
+
+def shell_lines(page: str) -> list[str]:
+    """Lines of the shell blocks of a page without their comments, continuation lines joined."""
+    blocks = re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)
+    lines = [
+        " ".join(shlex.split(line, comments=True)) for text in blocks for line in text.replace("\\\n", " ").split("\n")
+    ]
+    return [line for line in lines if line]
+
+
+def inline_commands(page: str) -> list[str]:
+    """Commands within the text of a page, in its order."""
+    return re.findall(r"`((?:python|bash|make|pip) [^`\n]+)`", page)
+
+
+def page_links(page: str) -> list[str]:
+    """Files of the repository that a page points to, the other README left out, in its order."""
+    links = re.findall(r"\]\(([^)#]+)", page)
+    return [link for link in links if "://" not in link and not link.startswith("README")]
+
+
+def without_results(page: str, heading: str) -> str:
+    """A page without the section of figures, which the Russian one does not repeat."""
+    before, after = page.split(f"\n## {heading}\n")
+    return before + after[after.index("\n## ") :]
+
+
 def readme_commands() -> list[str]:
     """Command lines `python ...` in the shell blocks of README and its pages, continuation lines joined."""
     pages = [readme(), *(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))]
@@ -103,9 +133,40 @@ def test_files_named_in_the_readme_exist():
     assert {path.name for path in ROOT.glob("*.py")} - set(named) == set(), "every module has its line"
 
 
-def test_links_of_the_readme_exist():
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", readme()) if "://" not in link]
-    assert links and [link for link in links if not (ROOT / link).exists()] == []
+@pytest.mark.parametrize("page", ["README.md", "README.ru.md", "docs/guide.md"])
+def test_links_of_the_pages_exist(page):
+    path = ROOT / page
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8"))
+    links = [link for link in links if "://" not in link]
+    assert links and [link for link in links if not (path.parent / link).exists()] == []
+
+
+def test_both_readmes_have_the_same_commands():
+    assert shell_lines(readme()) == shell_lines(russian_readme())
+    english, russian = without_results(readme(), "Results"), without_results(russian_readme(), "Результаты")
+    assert inline_commands(english) == inline_commands(russian)
+
+
+def test_both_readmes_have_the_same_sections_and_links():
+    """Both point at each other; sections are counted, as their names are translated."""
+    assert "[Русский](README.ru.md)" in readme() and "[English](README.md)" in russian_readme()
+    assert readme().count("\n## ") == russian_readme().count("\n## ")
+    assert set(page_links(readme())) == set(page_links(russian_readme()))
+    english, russian = without_results(readme(), "Results"), without_results(russian_readme(), "Результаты")
+    english, russian = english.split("\n## Limits\n")[0], russian.split("\n## Ограничения\n")[0]
+    assert page_links(english) == page_links(russian)
+
+
+def test_sections_of_readme_that_the_russian_one_points_to_exist():
+    anchors = re.findall(r"\(README\.md#([^)]+)\)", russian_readme())
+    headings = {line[3:].lower().replace(" ", "-") for line in readme().splitlines() if line.startswith("## ")}
+    assert anchors and set(anchors) <= headings
+
+
+def test_files_named_in_the_russian_readme_exist():
+    tree = russian_readme().split("## Файлы")[1].split("```")[1]
+    named = [word for line in tree.splitlines()[1:] for word in re.split(r"\s{3,}", line)[0].split()]
+    assert named and [name for name in named if not (ROOT / name).exists()] == []
 
 
 if __name__ == "__main__":
