@@ -12,7 +12,7 @@ MODEL="${MODEL:-plain-unet}"
 ENCODER="${ENCODER:-plain-16}"
 BATCH="${BATCH:-4}"
 EPOCHS="${EPOCHS:-20}"
-AUGM="${AUGM:-safe}"              # none, safe, light, medium, hard, one or vessel
+AUGM="${AUGM:-safe}"              # none safe light medium hard one vessel histology aerial
 IMAGE_SIZE="${IMAGE_SIZE:-192}"   # images are resized to this
 EXP_NAME="${EXP_NAME:-}"          # run folder in logs/; empty: named after network and data set
 
