@@ -140,8 +140,8 @@ def hold_out(checked: Checked, folds: Mapping[str, int], fold: int) -> Checked:
     kept = [item for item in checked.train if folds[item.pair.name] != fold]
     held = [item for item in checked.train if folds[item.pair.name] == fold]
     errors, warnings = find_label_problems(classes, kept, f"training of fold {fold}", learns=True)
-    note = f"fold {fold} of 0 to {max(folds.values())} is held out"
-    part = replace(checked, train=kept, val=held, errors=errors, warnings=warnings, notes=[note])
+    notes = [f"fold {fold} of 0 to {max(folds.values())} is held out", *checked.notes]
+    part = replace(checked, train=kept, val=held, errors=errors, warnings=warnings, notes=notes)
     part.raise_errors()
     return part
 

@@ -384,7 +384,9 @@ def check_from_flags(
         f"{name}: {len(part)} images of {folder.folder}"
         for (name, part), folder in zip(checked.further.items(), more, strict=True)
     )
-    notes = [*([] if folds else [note]), said, listed and f"further validation sets {listed}"]
+    if folds:
+        note = f"{args.dataset / 'val'} takes no part" if (args.dataset / "val").is_dir() else ""
+    notes = [note, said, listed and f"further validation sets {listed}"]
     checked.notes[:0] = [text for text in notes if text]
     return checked
 

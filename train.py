@@ -430,7 +430,7 @@ def prepare_fold(args: argparse.Namespace, fold_dir: Path, part: Any) -> Data:
 
     check_run_folder(fold_dir)
     data = prepare_data(args, fold_dir, part)
-    names = [pair.name for pair in next(iter(data.val.values()))]
+    names = [pair.name.replace('"', '""') for pair in next(iter(data.val.values()))]
     write_text(fold_dir / "held_out.csv", "\n".join(["id", *(f'"{name}"' for name in names)]) + "\n")
     return data
 

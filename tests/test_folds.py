@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from test_resume import assert_same_run
 
 import folds
+import scan
 import train
 import validate
 from checkpoint import load_checkpoint
@@ -128,6 +129,19 @@ def test_folds_stay_as_they_were_written(tmp_path):
     path.write_text("{}")
     with pytest.raises(ValueError, match="folds.json is damaged"):
         folds.load_or_choose_folds(path, facts, CLASSES, None, 3)
+
+
+def test_a_fold_says_what_was_chosen_for_all_of_them(tmp_path):
+    write_split(tmp_path / "train", ["a1", 'b"2', "c3"])
+    write_split(tmp_path / "val", ["d1"])
+    args = train.build_parser().parse_args(["-d", str(tmp_path), "--folds", "3", "--fold", "1"])
+    checked = scan.check_from_flags(args, folds=True)
+    chosen = {"a1": 0, 'b"2': 1, "c3": 2}
+    notes = folds.hold_out(checked, chosen, 1).notes
+    assert notes[0] == "fold 1 of 0 to 2 is held out" and f"{tmp_path / 'val'} takes no part" in notes
+    assert any("no --class-list: the masks hold 0 and 255" in note for note in notes)
+    train.prepare_fold(args, tmp_path / "fold", folds.hold_out(checked, chosen, 1))
+    assert held_out(tmp_path / "fold") == ['b"2']
 
 
 # ---- the command ----
