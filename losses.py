@@ -181,9 +181,10 @@ class Loss:
             for term in self.terms:
                 if term.name in PIXEL_LOSSES:
                     if self.label_smoothing and term.name in SMOOTHED_LOSSES:
-                        values = smoothed_cross_entropy(logits, mask, self.label_smoothing, self.class_weights) * keep
+                        values = smoothed_cross_entropy(logits, mask, self.label_smoothing)  # (N, H, W)
                     else:
-                        values = _pixel_losses(term, logits, mask) * pixel_weights  # (N, H, W)
+                        values = _pixel_losses(term, logits, mask)
+                    values = values * pixel_weights
                     parts.append(torch.stack([values.sum(), pixel_weights.sum()]))
             return torch.cat(parts)
 
@@ -297,21 +298,19 @@ def cross_entropy(logits: Tensor, mask: Tensor) -> Tensor:
     return F.cross_entropy(logits, mask, reduction="none")
 
 
-def smoothed_cross_entropy(
-    logits: Tensor, mask: Tensor, smoothing: float, class_weights: Tensor | None = None
-) -> Tensor:
+def smoothed_cross_entropy(logits: Tensor, mask: Tensor, smoothing: float) -> Tensor:
     """Cross entropy of each pixel against a truth of which a share is spread over all K classes, (N, H, W).
 
-    With class weights every class's part has the weight of that class, so a pixel weighs (1 - smoothing) * w_true +
-    smoothing * mean(w). The weights are in the values; their sum over pixels, which divides them, is that of w_true. A
-    single logit is that of two classes, the background's being 0.
+    Class weights multiply it by the weight of the true class, as they do without smoothing. PyTorch weighs each class's
+    part of the truth by itself: where objects are rare, the bit of object that smoothing puts into a background pixel
+    then outweighs the background, and the loss is lowest for calling everything object. A single logit is that of two
+    classes, the background's being 0.
 
     Reference: Szegedy et al. 2016, https://arxiv.org/abs/1512.00567
     """
     if logits.shape[1] == 1:
         logits = torch.cat([torch.zeros_like(logits), logits], dim=1)
-    weights = None if class_weights is None else class_weights.to(device=logits.device, dtype=logits.dtype)
-    return F.cross_entropy(logits, mask, weights, reduction="none", label_smoothing=smoothing)
+    return F.cross_entropy(logits, mask, reduction="none", label_smoothing=smoothing)
 
 
 def focal(logits: Tensor, mask: Tensor, gamma: float) -> Tensor:
