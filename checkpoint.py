@@ -173,7 +173,15 @@ def save_checkpoint(path: Path, config: ModelConfig, model_state: dict[str, Any]
     Raises:
         OSError: the folder is read-only or the disk full; the file that was there is whole.
     """
-    content = {"format": FORMAT, "config": config_to_dict(config), "model_state_dict": model_state, **more}
+    write_content(path, {"format": FORMAT, "config": config_to_dict(config), "model_state_dict": model_state, **more})
+
+
+def write_content(path: Path, content: dict[str, Any]) -> None:
+    """Write a file of plain types and tensors whole or not at all.
+
+    Raises:
+        OSError: the folder is read-only or the disk full; the file that was there is whole.
+    """
     with atomic_write(path) as file:
         try:
             torch.save(content, file)
@@ -195,29 +203,57 @@ def load_checkpoint(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
         FileNotFoundError: there is no such file.
         ValueError: truncated, not a checkpoint of either, or one whose pickle would run code.
     """
+    saved = read_content(path)
+    try:
+        if predecessor.is_predecessors(saved):
+            saved = _translated(saved)
+        elif not isinstance(saved, dict) or "config" not in saved or "model_state_dict" not in saved:
+            pretrained = _describe_pretrained(saved, path)
+            raise ValueError(
+                pretrained
+                or "it has no 'config' entry: it is not a checkpoint written by train.py, "
+                f"{predecessor.describe_stranger(saved)}"
+            )
+        return config_from_dict(saved["config"]), saved
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_content(path: Path) -> Any:
+    """Read what torch.save wrote, on the CPU; nothing in the file is executed.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: truncated, or one whose pickle would run code.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}; train.py writes it, -cd DIR finds the newest in a folder")
     try:
         with warnings.catch_warnings(), predecessor.inert_classes():
             warnings.simplefilter("ignore")  # of pickle protocols; the file is refused below if they matter
-            saved = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except _DAMAGE as error:
         raise ValueError(f"{path} {_refusal(error)}") from error
     except OSError as error:
         if error.errno != errno.EINVAL:  # a place before the file's beginning, which a cut archive points to
             raise
         raise ValueError(f"{path} {_refusal(error)}") from error
-    try:
-        if predecessor.is_predecessors(saved):
-            saved = _translated(saved)
-        elif not isinstance(saved, dict) or "config" not in saved or "model_state_dict" not in saved:
-            raise ValueError(
-                "it has no 'config' entry: it is not a checkpoint written by train.py, "
-                f"{predecessor.describe_stranger(saved)}"
-            )
-        return config_from_dict(saved["config"]), saved
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+
+
+def _describe_pretrained(saved: Any, path: Path) -> str:
+    """What to do with a file that pretrain.py wrote; nothing about other files."""
+    if not isinstance(saved, dict) or not {"encoder_state_dict", "pretraining"} & saved.keys():
+        return ""
+    what, described = "the state of a run", saved.get("pretraining")
+    if "encoder_state_dict" in saved:
+        what, described = "an encoder file", saved
+    if not isinstance(described, dict) or "method" not in described:
+        return ""
+    return (
+        f"it is {what} of pretrain.py, an encoder ({described.get('encoder')}) without the decoder that makes masks. "
+        f"Train one on labelled images: train.py --encoder {described.get('encoder')} --encoder-weights {path}, "
+        "with an --exp-name of its own"
+    )
 
 
 def _translated(saved: dict[str, Any]) -> dict[str, Any]:

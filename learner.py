@@ -148,16 +148,17 @@ def build_learner(
     device: str,
     steps: int,
     processes: Processes = ALONE,
-    image: Sequence[int] = (),
+    image: Sequence[int] | None = (),
 ) -> Learner:
     """Put a network and its optimiser in the hands of Accelerate, which adds the gradients of several processes.
 
     Args:
         steps: optimiser steps in one epoch.
-        image: (C, H, W) of an image that the network takes, for several processes.
+        image: (C, H, W) of an image that the network takes, for several processes; None: all its weights learn.
     """
     os.environ["ACCELERATE_TORCH_DEVICE"] = device
-    idle = processes.world > 1 and (options.freeze_encoder > 0 or has_idle_weights(model, image))
+    several = processes.world > 1 and image is not None
+    idle = several and (options.freeze_encoder > 0 or has_idle_weights(model, image or ()))
     sharing = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=idle)
     accelerator = Accelerator(mixed_precision=options.amp, cpu=device == "cpu", kwargs_handlers=[sharing])
     model = model.to(accelerator.device)
@@ -219,6 +220,17 @@ def resume(learner: Learner, path: Path, config: ModelConfig) -> ModelConfig | N
             f"{path} holds weights but no state to go on from, as a best checkpoint does. Start another run from it: "
             f"--init-from {path} with another --exp-name."
         )
+    check_state(learner, saved, path)
+    learner.restore(saved)
+    return saved_config
+
+
+def check_state(learner: Learner, saved: dict[str, Any], path: Path) -> None:
+    """Refuse the state of a run with another optimiser, another monitored value or other groups of weights.
+
+    Raises:
+        ValueError: names both.
+    """
     before = {"--optim": saved["optimizer_name"], "--monitor": Progress(**saved["progress"]).monitor}
     now = {"--optim": learner.optimiser_name, "--monitor": learner.progress.monitor}
     for flag, old in before.items():
@@ -233,5 +245,3 @@ def resume(learner: Learner, path: Path, config: ModelConfig) -> ModelConfig | N
             f"{path.parent} was trained {'without' if groups[0] < groups[1] else 'with'} --encoder-lr-scale, which "
             "sorts the weights into other groups. Give what it began with to go on, or another --exp-name."
         )
-    learner.restore(saved)
-    return saved_config

@@ -45,7 +45,7 @@ def train_one_epoch(
     num_classes, binary = max(2, num_logits), num_logits == 1
     counts = torch.zeros(num_classes + 1, num_classes, dtype=torch.int64, device=device)
     total, samples, waited, begin = torch.zeros((), device=device), 0, 0.0, time.perf_counter()
-    watch = _LossWatch(every=1 if device.type == "cpu" else 20)
+    watch = LossWatch(every=1 if device.type == "cpu" else 20)
     position = learner.progress.epoch * learner.schedule.steps  # of the schedule, right on resume with another batch
     learner.start_training(freeze_encoder=learner.progress.epoch < options.freeze_encoder)
     groups = groups_of(batches, options.accumulate)
@@ -165,7 +165,7 @@ def train_iou(counts: Tensor, *, binary: bool) -> float | None:
     return float(iou.mean()) if len(iou) else None
 
 
-class _LossWatch:
+class LossWatch:
     """Looks at losses now and then, so that the device is not waited for at every step."""
 
     def __init__(self, every: int) -> None:
