@@ -2,7 +2,8 @@
 
 A move is drawn as a function of (height, width) and a random generator. It is either a matrix (3, 3), which takes a
 place (x, y, 1) of the result to its place in the source, both counted from the middle of the picture, or a Shift, which
-is added to that place. `move` puts them together, so that pixels are interpolated once however many moves there are.
+is added to a place of the result before matrices take it on, so shifts are the last moves. `move` puts them together,
+and pixels are interpolated once however many moves there are.
 """
 
 import math
@@ -105,7 +106,7 @@ def optical_distortion(size: Size, rng: np.random.Generator, *, limit: float = 0
 def move(
     image: np.ndarray, mask: np.ndarray, moves: Sequence[np.ndarray | Shift], part: Part | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Apply moves, the first one first, to an image (H, W, C) and its mask (H, W) uint8.
+    """Apply moves, the first one first and shifts last, to an image (H, W, C) and its mask (H, W) uint8.
 
     What comes from outside the picture is its reflection, and 255 (ignore) in the mask. The mask takes the nearest
     pixel, so there is no class that was not there. Turns alone only reorder pixels.
@@ -145,14 +146,18 @@ def source_places(
     top, left, height, width = part or (0, 0, *size)
     down, right = _from_middle(size)
     box = slice(top, top + height), slice(left, left + width)
-    rows = [_weigh(right[box[1]], down[box[0]], row) for row in matrix[: 2 if matrix[2].tolist() == [0, 0, 1] else 3]]
-    places = []
-    for place, side in ((0, size[1]), (1, size[0])):
-        found = rows[place] if len(rows) == 2 else rows[place] / rows[2]
-        found += np.float32((side - 1) / 2)
-        for shift in shifts:
-            found += np.broadcast_to(shift[place], size)[box]
-        places.append(found)
+    moved = [[np.broadcast_to(field, size)[box] for field in shift] for shift in shifts]
+    rows = []
+    for weights in matrix[: 2 if matrix[2].tolist() == [0, 0, 1] else 3]:
+        found = _weigh(right[box[1]], down[box[0]], weights)
+        for weight, axis in zip(weights[:2], (0, 1), strict=True):
+            for shift in moved if weight else ():
+                add = np.add if weight > 0 else np.subtract
+                add(found, shift[axis] if abs(weight) == 1 else np.float32(abs(weight)) * shift[axis], out=found)
+        rows.append(found)
+    places = rows if len(rows) == 2 else [rows[0] / rows[2], rows[1] / rows[2]]
+    for place, side in zip(places, size[::-1], strict=True):
+        place += np.float32((side - 1) / 2)
     return places[0], places[1]
 
 

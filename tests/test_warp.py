@@ -171,11 +171,31 @@ def test_moves_neither_fold_nor_do_nothing(name):
         assert (turned - np.gradient(columns, axis=0) * np.gradient(rows, axis=1)).min() > 0
 
 
-def test_perspective_and_grid_bring_in_nothing_from_outside():
-    mask = np.zeros((64, 96), np.uint8)
+@pytest.mark.parametrize("before", [[], ["flip"], ["turn"], ["turn", "affine", "perspective"]])
+@pytest.mark.parametrize("name", ["optical", "grid", "elastic"])
+def test_shifts_come_before_the_matrices_of_earlier_moves(name, before):
+    """A mirrored barrel is a barrel, and a turned grid keeps its frame."""
+    size = (64, 64)
+    for seed in range(12):
+        matrix = np.eye(3)
+        for number, other in enumerate(before):
+            matrix = matrix @ draw(other, size, seed + number)
+        shift = draw(name, size, seed)
+        columns, rows = warp.source_places(size, matrix, [shift])
+        for row, column in ((0, 0), (0, 63), (20, 3), (40, 50), (63, 32)):
+            right, down = (np.broadcast_to(field, size)[row, column] for field in shift)
+            place = matrix @ (column - 31.5 + right, row - 31.5 + down, 1)
+            expected = place[:2] / place[2] + 31.5
+            assert (columns[row, column], rows[row, column]) == pytest.approx(tuple(expected), abs=1e-3)
+
+
+@pytest.mark.parametrize("size", [(96, 96), (64, 96)])
+def test_perspective_and_grid_bring_in_nothing_from_outside(size):
+    mask = np.zeros(size, np.uint8)
     image = coordinates(mask.shape)
-    for name in ("perspective", "grid"):
-        assert not any(warp.move(image, mask, [draw(name, mask.shape, seed)])[1].any() for seed in range(20))
+    for names in (["perspective"], ["grid"], ["turn", "grid"]):
+        for seed in range(20):
+            assert not warp.move(image, mask, [draw(name, mask.shape, seed) for name in names])[1].any(), (names, seed)
 
 
 def test_an_affine_move_keeps_its_limits():
