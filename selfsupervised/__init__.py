@@ -1,0 +1,1 @@
+"""Learning an encoder from images without labels: views, methods, what watches them."""
