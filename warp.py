@@ -62,13 +62,14 @@ def perspective(size: Size, rng: np.random.Generator, *, reach: float = 0.1) -> 
 def elastic(size: Size, rng: np.random.Generator, *, spacing: float = 64, strength: Limits = (2, 6)) -> Shift:
     """A smooth random field of so many pixels (root mean square), drawn every `spacing` pixels and enlarged.
 
-    At the defaults 6 pixels of shift do not fold and thin lines stay lines.
+    At the defaults 6 pixels of shift do not fold and thin lines stay lines. Pictures smaller than `spacing`, whose
+    field is drawn closer, are shifted by less.
     """
     height, width = size
     coarse = rng.uniform(-1, 1, (2, max(2, round(height / spacing)) + 1, max(2, round(width / spacing)) + 1))
     right, down = (cv2.resize(field, (width, height), interpolation=cv2.INTER_CUBIC) for field in coarse.astype("f4"))
     spread = math.hypot(cv2.norm(right), cv2.norm(down)) / math.sqrt(height * width)
-    factor = np.float32(rng.uniform(*strength) / spread)
+    factor = np.float32(rng.uniform(*strength) / spread * min(1, height / spacing, width / spacing))
     right *= factor
     down *= factor
     return Shift(right, down)
