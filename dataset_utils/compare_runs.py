@@ -28,7 +28,9 @@ ASCENDING = ("loss", "epoch", "epochs", "seconds")
 REPEATED = {"seed", "fold"}  # runs that differ in nothing else repeat each other
 # Where a run lies, what it ran on and what it wrote: not how the network was trained.
 BESIDE = {"exp_name", "log_dir", "workers", "device", "cpu", "decimal", "worst", "baselines", "track", "list_models"}
+BESIDE |= {"dump_augmented"}
 UNSET = ("", "False", "0", "0.0", "no", "none")  # a flag that is off, as in a run that did not know it
+NO_SET = "no validation set"
 WIDEST = 28  # characters of a value in the printed table
 
 
@@ -78,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with cli.plain_errors(parser):
         runs = [read_run(path, name, args.val_set) for path, name in find_runs(args.folders)]
         finished = [run for run in runs if not run.state]
+        if not finished and all(run.state.startswith(NO_SET) for run in runs):
+            raise ValueError(f"{runs[0].name}: {runs[0].state}, and no other run has it; correct --val-set")
         groups = sort_groups(group_runs(finished, each=args.each), args.sort)
         print(*table_lines(groups, runs), sep="\n")
         if args.output:
@@ -129,6 +133,9 @@ def read_run(path: Path, name: str, val_set: str | None) -> Run:
         return run
     monitor = str(run.flags.get("monitor", "iou"))
     try:
+        if val_set and (absent := missing_set(rows, val_set)):
+            run.state = absent
+            return run
         run.scores = best_scores(rows, val_set, monitor)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         run.state = f"broken: metrics.jsonl holds no scores ({type(error).__name__} {error})".strip()
@@ -159,7 +166,7 @@ def best_scores(rows: Sequence[Mapping[str, Any]], val_set: str | None, monitor:
     """Scores of the best epoch by what the run watched, its number, and the epochs and seconds of the run.
 
     Raises:
-        ValueError: there is no such validation set, or no epoch has a score.
+        ValueError: no epoch has a score.
     """
     found = []
     for row in rows:
@@ -175,17 +182,17 @@ def best_scores(rows: Sequence[Mapping[str, Any]], val_set: str | None, monitor:
 
 
 def scores_of(row: Mapping[str, Any], val_set: str | None) -> Mapping[str, Any] | None:
-    """Scores of an epoch: of the set that was asked for, else of what decided; None where it was not scored.
-
-    Raises:
-        ValueError: there is no such validation set.
-    """
+    """Scores of an epoch: of the set that was asked for, else of what decided; None where it was not scored."""
     sets = row["val"]
     if val_set is None:
         return row["score"] if "score" in row else next(iter(sets.values()), None)
-    if sets and val_set not in sets:
-        raise ValueError(f"no validation set {val_set!r}, there are {', '.join(sets)}")
     return sets.get(val_set)
+
+
+def missing_set(rows: Sequence[Mapping[str, Any]], val_set: str) -> str:
+    """What to say of a run that never scored a validation set; empty when it did."""
+    names = {name: None for row in rows for name in row["val"]}
+    return "" if val_set in names else f"{NO_SET} {val_set!r}, only {', '.join(names) or 'none'}"
 
 
 def number(value: Any) -> float:

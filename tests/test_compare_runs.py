@@ -58,7 +58,15 @@ def test_the_best_epoch_counts_and_flags_that_differ_are_shown(tmp_path, capsys)
 def test_runs_that_differ_in_seed_and_fold_are_one_row(tmp_path, capsys):
     values = [0.5, 0.7, 0.9]
     for seed, value in enumerate(values):
-        write_run(tmp_path, f"unet-s{seed}", [value, 0.1, 0.1], seed=seed, fold=str(seed), device=f"cuda:{seed}")
+        write_run(
+            tmp_path,
+            f"unet-s{seed}",
+            [value, 0.1, 0.1],
+            seed=seed,
+            fold=str(seed),
+            device=f"cuda:{seed}",
+            dump_augmented=seed,
+        )
     write_run(tmp_path, "fpn", [0.1, 0.1, 0.65], model="fpn")
     lines = compare(capsys, tmp_path, "-o", tmp_path / "runs.csv")
     spread = statistics.stdev(values)
@@ -162,7 +170,14 @@ def test_another_validation_set(tmp_path, capsys):
     (path / "metrics.jsonl").write_text(text)
     assert compare(capsys, tmp_path)[2].split()[1:4] == ["0.2500", "0.4000", "-"]
     assert compare(capsys, tmp_path, "--val-set", "beans")[2].split()[1] == "0.5000"
-    assert "no validation set 'corn', there are peas, beans" in compare(capsys, tmp_path, "--val-set", "corn")[-1]
+    rows = [json.loads(line) for line in text.splitlines()]
+    del rows[0]["val"]["peas"], rows[1]["val"]["peas"]  # as with --adv-freq 3
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert compare(capsys, tmp_path, "--val-set", "peas")[2].split()[1:5] == ["0.2500", "0.4000", "-", "3"]
+    code, error = refused(capsys, tmp_path, "--val-set", "corn")
+    assert code == 1 and "a: no validation set 'corn', only peas, beans, and no other run has it" in error
+    write_run(tmp_path, "b", [0.9] * 3)
+    assert compare(capsys, tmp_path, "--val-set", "peas")[-1] == "  b: no validation set 'peas', only beans"
 
 
 def test_a_mean_over_sets_that_decided_is_what_counts(tmp_path, capsys):
