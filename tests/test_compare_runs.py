@@ -175,7 +175,7 @@ def test_another_validation_set(tmp_path, capsys):
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert compare(capsys, tmp_path, "--val-set", "peas")[2].split()[1:5] == ["0.2500", "0.4000", "-", "3"]
     code, error = refused(capsys, tmp_path, "--val-set", "corn")
-    assert code == 1 and "a: no validation set 'corn', only peas, beans, and no other run has it" in error
+    assert code == 1 and "a: no validation set 'corn', only beans, peas, and no other run has it" in error
     write_run(tmp_path, "b", [0.9] * 3)
     assert compare(capsys, tmp_path, "--val-set", "peas")[-1] == "  b: no validation set 'peas', only beans"
 
