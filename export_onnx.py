@@ -218,8 +218,28 @@ def check_flags(args: argparse.Namespace) -> None:
         raise cli.UsageError(f"{flag} needs -ds DIR: images with masks, to see what it costs")
     if args.calibration and args.quantize != "int8-static":
         raise cli.UsageError("--calibration is for --quantize int8-static: give it too, or leave it out")
+    check_partners(args)
     if args.fixed_size and len(args.fixed_size) > 2:
         raise cli.UsageError(f"--fixed-size takes a side, or height and width; found {len(args.fixed_size)} numbers")
+
+
+def check_partners(args: argparse.Namespace) -> None:
+    """Refuse flags that would change nothing, for want of another.
+
+    Raises:
+        cli.UsageError: names both.
+    """
+    partners = {
+        "calibration_method": (args.quantize == "int8-static", "--quantize int8-static"),
+        "max_iou_drop": (bool(args.quantize) or args.target == "cuda", "--quantize KIND"),
+        "tiles": (bool(args.real_images), "-ds DIR"),
+    }
+    parser = build_parser()
+    for name, (there, partner) in partners.items():
+        if not there and getattr(args, name) != parser.get_default(name):
+            raise cli.UsageError(
+                f"--{name.replace('_', '-')} does nothing without {partner}: give it too, or leave it out"
+            )
 
 
 def find_paths(args: argparse.Namespace) -> list[Path]:

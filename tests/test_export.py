@@ -438,6 +438,12 @@ def test_flags_that_do_not_go_together(tmp_path, capsys):
         (["-c", path, "--quantize", "fp16"], "--quantize needs -ds DIR: images with masks"),
         (["-c", path, "--quantize", "int8-static", "--for", "cuda"], "--for cuda writes fp16, found --quantize int8"),
         (["-c", path, "--calibration", path.parent], "--calibration is for --quantize"),
+        (
+            ["-c", path, "--calibration-method", "entropy"],
+            "--calibration-method does nothing without --quantize int8-s",
+        ),
+        (["-c", path, "--max-iou-drop", "0.5"], "--max-iou-drop does nothing without --quantize KIND"),
+        (["-c", path, "--tiles", "4"], "--tiles does nothing without -ds DIR"),
         ([], "one of the arguments -c/--check-path"),
     ]
     for words, message in cases:
