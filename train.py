@@ -28,6 +28,7 @@ from train_options import (
     check_processes,
     class_weights,
     fit_options,
+    idle_flags,
     network_names,
 )
 
@@ -100,6 +101,8 @@ def check_command(args: argparse.Namespace, device: str, processes: Any) -> argp
     if args.amp == "fp16" and device == "cpu":
         raise cli.UsageError("--amp fp16 needs a GPU; use --amp bf16 or no on the cpu")
     print(f"device: {device}{processes.described}")
+    for line in idle_flags(args, build_parser()):
+        print(line)
     return args
 
 

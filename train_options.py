@@ -245,6 +245,34 @@ def check_flags(args: argparse.Namespace) -> None:
         raise cli.UsageError(str(error)) from error
 
 
+def idle_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[str]:
+    """A line for each group of flags that were given and change nothing, for want of another one.
+
+    Args:
+        args: after check_flags. parser: knows the defaults.
+    """
+    partners = {
+        "--mix": (args.mix, ["mix_share"]),
+        "--crops N": (args.crops, ["foreground_quota"]),
+        "-sc plateau": (args.scheduler == "plateau", ["plateau_factor", "plateau_patience", "plateau_cooldown"]),
+        "-sc poly": (args.scheduler == "poly", ["poly_power"]),
+        "-sc step": (args.scheduler == "step", ["step_every", "step_factor"]),
+        "--optim SGD": (args.optim == "SGD", ["momentum"]),
+        "--add-val-dirs DIR": (args.add_val_dirs, ["adv_freq"]),
+    }
+    lines = []
+    for partner, (there, names) in partners.items():
+        given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) != parser.get_default(name)]
+        if given and not there:
+            lines.append(f"warning: without {partner} nothing is done with {' '.join(given)}")
+    begun = ["--init"] if args.init != "network" else []
+    begun += ["--encoder-weights"] if args.encoder_weights.lower() not in ("imagenet", "none") else []
+    if args.init_from and begun:
+        named = " ".join(begun)
+        lines.append(f"warning: --init-from starts from a whole network, so nothing is done with {named}")
+    return lines
+
+
 def check_processes(args: argparse.Namespace, device: str, processes: Any) -> None:
     """Refuse what several processes cannot do, and what only several can.
 

@@ -96,3 +96,41 @@ def test_another_command_knows_no_recipes(tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.parse(validate.build_parser(), ["--settings", str(file)])
     assert "no flag of" in capsys.readouterr().err
+
+
+def idle(*words):
+    args = parse("-m", "plain-unet", "--encoder", "plain-8", "--encoder-weights", "none", *words)
+    train.check_flags(args)
+    return train.idle_flags(args, train.build_parser())
+
+
+@pytest.mark.parametrize(
+    ("words", "partner", "line"),
+    [
+        (["--mix-share", 0.3], ["--mix", "cutmix"], "without --mix nothing is done with --mix-share"),
+        (["--foreground-quota", 0.9], ["--crops", 2], "without --crops N nothing is done with --foreground-quota"),
+        (["--plateau-factor", 0.5, "--plateau-patience", 2], ["-sc", "ReduceLROnPlateau"], "without -sc plateau"),
+        (["--poly-power", 2], ["-sc", "poly"], "without -sc poly nothing is done with --poly-power"),
+        (["--step-every", 2], ["-sc", "step"], "without -sc step nothing is done with --step-every"),
+        (["--momentum", 0.5], ["--optim", "sgd"], "without --optim SGD nothing is done with --momentum"),
+        (["--adv-freq", 2], ["--add-val-dirs", "more"], "without --add-val-dirs DIR nothing is done with --adv-freq"),
+    ],
+)
+def test_flags_that_change_nothing_are_named(words, partner, line):
+    (said,) = idle(*words)
+    assert line in said
+    assert idle(*words, *partner) == [] == idle()
+
+
+def test_what_a_recipe_leaves_without_its_partner_is_named():
+    (line,) = idle("--recipe", "unet-notebook", "-sc", "cosine")
+    assert line.endswith("--plateau-factor --plateau-patience --plateau-cooldown")
+
+
+def test_starts_that_a_whole_network_replaces_are_named(tmp_path):
+    (tmp_path / "a.pth").touch()
+    start = tmp_path / "a.pth"
+    start.touch()
+    (line,) = idle("--init-from", start, "--init", "xavier", "--encoder-weights", start)
+    assert "so nothing is done with --init --encoder-weights" in line
+    assert idle("--init-from", start) == []
