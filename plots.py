@@ -337,6 +337,24 @@ def learning_curves(history: Sequence[dict[str, Any]], folder: Path) -> list[Pat
     return [*files, _draw_curves(rates, "learning rate", best, folder / "learning_rate.png")]
 
 
+def pretraining_curves(history: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
+    """Draw loss.png, learning_rate.png and effective_rank.png of a pretraining into its run folder.
+
+    Args:
+        history: rows of metrics.jsonl: {"epoch": 1, "lr": 0.001, "train": {"loss": ..}, "watch": {"rank": ..}}.
+
+    Raises:
+        ValueError: history is empty.
+    """
+    if not history:
+        raise ValueError(EMPTY_HISTORY)
+    lines = {"loss": ("train", "loss"), "learning rate": ("lr",), "effective rank": ("watch", "rank")}
+    return [
+        _draw_curves({label: _points(history, keys)}, label, 0, folder / f"{label.replace(' ', '_')}.png")
+        for label, keys in lines.items()
+    ]
+
+
 def _points(history: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[tuple[int, float]]:
     """(epoch, value) of one number over the epochs, where it was measured and is finite."""
     points = []

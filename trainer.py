@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,8 +21,22 @@ from learner import FitOptions, Learner, Progress
 from processes import ALONE, Processes
 from run_folder import MEAN_NAME, RunFolder
 from slide_scoring import LossFunction
+from tiling import NotFiniteError
 
+LOWER = "Lower -lr, add --clip 1 or --warmup 1"  # what helps where numbers grow beyond all bounds
+GOES_ON = "the last finished epoch is kept and the same command goes on from it"
 MUCH_WAITING = 0.1  # share of the time above which more loader processes are suggested
+
+
+Item = TypeVar("Item")
+
+
+class Named(Protocol):
+    """A batch that says which files it is made of."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the images."""
 
 
 class TrainingStopped(RuntimeError):
@@ -100,9 +114,9 @@ def train_step(
         raise MemoryExhausted(out_of_memory(tuple(group[0].images.shape))) from error
 
 
-def groups_of(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+def groups_of(batches: Iterable[Item], size: int) -> Iterator[list[Item]]:
     """Batches that share one optimiser step; the last group may be smaller."""
-    group: list[Batch] = []
+    group: list[Item] = []
     for batch in batches:
         group.append(batch)
         if len(group) == size:
@@ -172,7 +186,7 @@ class LossWatch:
         self.every = every
         self.recent: deque[tuple[Tensor, tuple[str, ...], int, float]] = deque()
 
-    def see(self, value: Tensor, batch: Batch, learner: Learner) -> bool:
+    def see(self, value: Tensor, batch: Named, learner: Learner) -> bool:
         """Remember a loss; True when it was time to look."""
         lr = learner.optimiser.param_groups[0]["lr"]
         self.recent.append((value, batch.names, learner.progress.step, lr))
@@ -188,8 +202,7 @@ class LossWatch:
             if not math.isfinite(value):
                 raise TrainingStopped(
                     f"the loss became {value} at step {step}, learning rate {lr:.3g}, "
-                    f"with the files {', '.join(sorted(set(names)))}. Lower -lr, add --clip 1, or look at these files; "
-                    "the last finished epoch is kept and the same command goes on from it."
+                    f"with the files {', '.join(sorted(set(names)))}. {LOWER}, or look at these files; {GOES_ON}."
                 )
         self.recent.clear()
 
@@ -213,7 +226,7 @@ def fit(
         report: takes one line for each epoch.
 
     Raises:
-        TrainingStopped: the loss is not finite.
+        TrainingStopped: the loss or a probability is not finite.
         MemoryExhausted: the device is out of memory.
         OSError: a checkpoint could not be written; the previous one is whole.
     """
@@ -259,23 +272,30 @@ def score_sets(
     workers: int,
     processes: Processes = ALONE,
 ) -> dict[str, Evaluation]:
-    """Score the main validation set, and in every few epochs and the last one the further ones."""
+    """Score the main validation set, and in every few epochs and the last one the further ones.
+
+    Raises:
+        TrainingStopped: the network answers with what is no number.
+    """
     due = epoch % options.further_every == 0 or epoch == options.epochs
     main = [] if options.weighted else [next(iter(val_sets))]
-    return {
-        name: score_set(
-            forward,
-            data,
-            workers=workers,
-            description=f"scoring {name}",
-            empty=options.empty,
-            loss=loss,
-            keep_worst=options.keep_worst,
-            processes=processes,
-        )
-        for name, data in val_sets.items()
-        if due or name in main
-    }
+    try:
+        return {
+            name: score_set(
+                forward,
+                data,
+                workers=workers,
+                description=f"scoring {name}",
+                empty=options.empty,
+                loss=loss,
+                keep_worst=options.keep_worst,
+                processes=processes,
+            )
+            for name, data in val_sets.items()
+            if due or name in main
+        }
+    except NotFiniteError as error:
+        raise TrainingStopped(f"{error}, after the training of epoch {epoch}. {LOWER}; {GOES_ON}.") from error
 
 
 def deciding_scores(

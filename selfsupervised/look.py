@@ -1,0 +1,56 @@
+"""What is looked at every few epochs: the encoder file, the rank of its features, probes, pictures."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from selfsupervised.encoder_file import Description, mixed_batches, save_encoder, settle_statistics
+from selfsupervised.encoders import feature_maps
+from selfsupervised.run_log import RunLog
+from selfsupervised.watch import effective_rank
+
+
+@dataclass
+class Look:
+    """What the first process looks at every few epochs and after the last.
+
+    encoder: another copy of the encoder that is trained, with plain layers; it gets its weights. windows: (n, C, S, S)
+    normalised, not augmented: statistics and features are theirs. probes and pictures are given that encoder, in
+    evaluation mode, and the names of the windows.
+    """
+
+    encoder: nn.Module
+    windows: Tensor
+    names: Sequence[str]
+    every: int = 10
+    probes: Sequence[Callable[[nn.Module], dict[str, float | None]]] = ()
+    pictures: Sequence[Callable[[nn.Module, Tensor, Sequence[str]], dict[str, list[np.ndarray]]]] = ()
+
+
+def take_look(encoder: nn.Module, look: Look, description: Description, run: RunLog, row: dict[str, Any]) -> None:
+    """Write the encoder file, measure the encoder's features, probe it, draw what it sees; all of it on a copy."""
+    look.encoder.load_state_dict(encoder.state_dict())
+    settle_statistics(look.encoder, look.windows)
+    save_encoder(run.encoder_path, look.encoder.state_dict(), description, epochs=row["epoch"])
+    row["watch"]["feature_rank"] = feature_rank(look.encoder, look.windows)
+    generator = torch.get_rng_state()
+    for probe in look.probes:
+        row["probe"] = {**row.get("probe", {}), **probe(look.encoder)}
+    for draw in look.pictures:
+        run.log_images(draw(look.encoder, look.windows, look.names), row["epoch"])
+    torch.set_rng_state(generator)
+
+
+@torch.no_grad()
+def feature_rank(encoder: nn.Module, windows: Tensor) -> float:
+    """Effective rank of the encoder's coarsest features, averaged over each window, without their mean."""
+    device = next(encoder.parameters()).device
+    pooled = [
+        feature_maps(encoder, batch.to(device))[-1].mean(dim=(2, 3)).double().cpu() for batch in mixed_batches(windows)
+    ]
+    features = torch.cat(pooled)
+    return effective_rank(features - features.mean(dim=0))
