@@ -29,8 +29,8 @@ Limit = float | Sequence[float]
 class Change:
     """A transform of values and what it works on.
 
-    on: "all" channels; "colour", the first three of RGB; "light", these or a single channel; "bands", these or all of
-    several; "mask": image and mask together.
+    on: "all" channels; "colour", the first three of RGB; "uncoloured", all where there is no RGB; "light", the first
+    three of RGB or a single channel; "bands", these three or all of several; "mask": image and mask together.
     """
 
     run: Callable[..., Any]
@@ -41,8 +41,8 @@ class Change:
         if self.on in ("all", "mask"):
             return count
         if rgb:
-            return 3
-        fits = {"light": count == 1, "bands": count > 1, "colour": False}[self.on]
+            return 0 if self.on == "uncoloured" else 3
+        fits = {"light": count == 1, "bands": count > 1, "colour": False, "uncoloured": True}[self.on]
         return count if fits else 0
 
 

@@ -414,6 +414,8 @@ class TrainingBatches:
     of BATCH_IMAGES images, and every batch is drawn from it at random.
     """
 
+    collate: Callable[[Any], Any] = staticmethod(stack_samples)  # of the samples of an item
+
     def __init__(self, data: TrainingSet, sampler: EpochSampler, *, batch: int, workers: int, pin: bool) -> None:
         self.data, self.sampler, self.batch, self.workers, self.pin = data, sampler, batch, workers, pin
         sampler.limit(data.sample_bytes)
@@ -422,7 +424,7 @@ class TrainingBatches:
             sampler=self.order(),
             batch_size=None,  # an item is one image with all its samples
             num_workers=workers,
-            collate_fn=stack_samples,
+            collate_fn=self.collate,
             persistent_workers=workers > 0,
             worker_init_fn=_start_worker,
             generator=torch.Generator(),  # nothing is drawn from the generator that dropout uses: resume stays exact

@@ -136,15 +136,20 @@ assert BAND_ROWS % CELL == 0
 
 
 class SlidePlaces:
-    """Draws places on one open slide: a pixel of a class, or a pixel of tissue."""
+    """Draws places on one open slide: a pixel of a class, or a pixel of tissue.
 
-    def __init__(self, slide: SlidePair, classes: ClassMap) -> None:
+    Args:
+        classes: None: nothing is labelled, the slide need not have a mask.
+    """
+
+    def __init__(self, slide: SlidePair, classes: ClassMap | None) -> None:
         self.slide, self.classes = slide, classes
-        self.cells = class_cells(slide, classes)
+        self.cells = [] if classes is None else class_cells(slide, classes)
         self.tissue = slide_tissue(slide, slide.options.tissue)
 
     def draw_class(self, wanted: int, rng: np.random.Generator) -> tuple[int, int] | None:
         """Row and column of a pixel of a class, each as likely as the others; None: there is none."""
+        assert self.classes is not None
         index = self.cells[wanted]
         if not index.pixels:
             return None
@@ -201,11 +206,11 @@ def _draw_under(number: int, count: int, size: int, rng: np.random.Generator) ->
     return int(rng.integers(first, end)) if end > first else min(first, size - 1)
 
 
-_OPEN: OrderedDict[tuple[Pair, SlideOptions, ClassMap], SlidePlaces] = OrderedDict()
+_OPEN: OrderedDict[tuple[Pair, SlideOptions, ClassMap | None], SlidePlaces] = OrderedDict()
 _OWNER = [0]  # the process that opened them: a forked one shares no file positions with its parent
 
 
-def open_places(pair: Pair, options: SlideOptions, classes: ClassMap, fill: Sequence[float] = ()) -> SlidePlaces:
+def open_places(pair: Pair, options: SlideOptions, classes: ClassMap | None, fill: Sequence[float] = ()) -> SlidePlaces:
     """The slide of a pair, opened on first use in this process; the OPEN_SLIDES used last stay open."""
     if _OWNER[0] != os.getpid():
         _OPEN.clear()
@@ -226,7 +231,7 @@ def close_places() -> None:
         _OPEN.popitem()[1].slide.close()
 
 
-def prepare_slides(pairs: Sequence[Pair], options: SlideOptions, classes: ClassMap) -> list[str]:
+def prepare_slides(pairs: Sequence[Pair], options: SlideOptions, classes: ClassMap | None) -> list[str]:
     """Find tissue and classes of every slide before training begins; return what a user should know.
 
     Raises:

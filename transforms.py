@@ -22,6 +22,9 @@ FULLY_COLOURED = 0.2  # saturation from which on it is shifted by the whole amou
 # Ruifrok and Johnston: absorption of haematoxylin, eosin and what is left, in red, green and blue.
 STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 
+# Luma and the two colour differences of YIQ, in red, green and blue.
+YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Contrast
@@ -135,6 +138,46 @@ def stain_shift(
     return _like(image, (cv2.exp(-cv2.transform(density, weights)) * 256 - 1) / 255)
 
 
+def colour_jitter(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    brightness: float = 0.4,
+    contrast: float = 0.4,
+    saturation: float = 0.2,
+    hue: float = 36,
+) -> np.ndarray:
+    """Brightness, contrast and saturation of RGB by 1 - limit to 1 + limit, hue by up to so many degrees.
+
+    All four are one matrix on colours: contrast leaves the mean luma, saturation and hue leave each pixel's luma, and
+    hue turns the plane of colour differences of YIQ, so greys stay grey.
+    """
+    lighter, harder, richer = (1 + rng.uniform(-limit, limit) for limit in (brightness, contrast, saturation))
+    angle = math.radians(rng.uniform(-hue, hue))
+    differences = np.eye(3)  # of luma and the two colour differences
+    differences[1:, 1:] = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]) * richer
+    middle = lighter * float(YIQ[0] @ cv2.mean(image)[:3])  # luma
+    colours = lighter * harder * np.linalg.inv(YIQ) @ differences @ YIQ
+    weights = np.concatenate([colours, np.full((3, 1), (1 - harder) * middle)], axis=1)
+    changed = cv2.transform(image, weights)  # 8 bits are rounded and cut here
+    return changed if image.dtype == np.uint8 else np.clip(changed, 0, 1, out=changed)
+
+
+def band_gains(image: np.ndarray, rng: np.random.Generator, *, gain: float = 0.3, offset: float = 0.2) -> np.ndarray:
+    """Stretch each channel about its mean by 1 - gain to 1 + gain, and shift it by a share of its own deviation."""
+    means, spreads = np.asarray(cv2.meanStdDev(image))[..., 0] / _top(image)  # (C,) each
+    factors = 1 + rng.uniform(-gain, gain, (image.shape[2],))
+    shifts = means * (1 - factors) + spreads * rng.uniform(-offset, offset, (image.shape[2],))
+    return map_values(image, lambda values, factor, shift: values * factor + shift, factors, shifts)
+
+
+def solarise(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Turn round what is lighter than the middle of the picture's own range: its lightest becomes its darkest."""
+    low, high = float(image.min()) / _top(image), float(image.max()) / _top(image)
+    middle, ends = np.float32((low + high) / 2), np.float32(low + high)
+    return map_values(image, lambda values: np.where(values > middle, ends - values, values))
+
+
 def to_grey(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Every channel becomes the luma of RGB."""
     return cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
@@ -157,6 +200,12 @@ def haze(image: np.ndarray, rng: np.random.Generator, *, share: Limits = (0.05, 
     coarse = rng.uniform(*share) * rng.uniform(0.5, 1, (4, 4))
     white = cv2.resize(coarse.astype(np.float32), image.shape[1::-1], interpolation=cv2.INTER_LINEAR)
     return _light(image, 1 - white, white)
+
+
+def uneven_light(image: np.ndarray, rng: np.random.Generator, *, limit: float = 0.3) -> np.ndarray:
+    """Multiply by a smooth field of 1 - limit to 1 + limit, as of a lamp that stands aside."""
+    coarse = (1 + rng.uniform(-limit, limit, (3, 3))).astype(np.float32)
+    return _light(image, cv2.resize(coarse, image.shape[1::-1], interpolation=cv2.INTER_LINEAR))
 
 
 def shadow(image: np.ndarray, rng: np.random.Generator, *, share: Limits = (0.2, 0.5)) -> np.ndarray:
@@ -216,6 +265,12 @@ def downscale(image: np.ndarray, rng: np.random.Generator, *, scale: Limits = (0
 def gaussian_noise(image: np.ndarray, rng: np.random.Generator, *, deviation: Limits = (0.012, 0.04)) -> np.ndarray:
     """Normal noise, of one deviation (share of the range) over the whole picture."""
     return _add(image, normal_noise(rng, image.shape, rng.uniform(*deviation) * _top(image)))
+
+
+def grain(image: np.ndarray, rng: np.random.Generator, *, share: Limits = (0.05, 0.3)) -> np.ndarray:
+    """Normal noise of a share of the picture's own deviation: a dim picture is not drowned in it."""
+    spread = float(np.sqrt(np.square(cv2.meanStdDev(image)[1]).mean()))
+    return _add(image, normal_noise(rng, image.shape, rng.uniform(*share) * spread))
 
 
 def sensor_noise(
