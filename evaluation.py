@@ -23,7 +23,7 @@ from processes import ALONE, Processes
 from run_folder import shrink_panel
 from shared_batches import part_of_set
 from slide_scoring import LossFunction, SlidePrediction, logits_of, predict_slide, score_slide
-from tiling import predict_tiled
+from tiling import NotFiniteError, predict_tiled
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def _predict_images(forward: Forward, data: EvaluationSet, *, workers: int, desc
 def _predict_resized(forward: Forward, samples: Sequence[Sample], _: ModelConfig) -> Iterator[np.ndarray]:
     for sample, probs in zip(samples, forward(np.stack([s.tensor.numpy() for s in samples])), strict=True):
         if not np.isfinite(probs).all():
-            raise ValueError(f"{sample.pair.image}: the network's probabilities are not finite")
+            raise NotFiniteError(f"{sample.pair.image}: the network's probabilities are not finite")
         yield np.ascontiguousarray(resize_image(probs.transpose(1, 2, 0), sample.size).transpose(2, 0, 1))
 
 
@@ -93,7 +93,8 @@ def _predict_native(forward: Forward, samples: Sequence[Sample], config: ModelCo
                 tta=geometry.tta,
             )
         except RuntimeError as error:
-            raise RuntimeError(f"{sample.pair.image}: {error}") from error
+            kind = NotFiniteError if isinstance(error, NotFiniteError) else RuntimeError
+            raise kind(f"{sample.pair.image}: {error}") from error
         yield probs
 
 

@@ -40,6 +40,10 @@ Tile = tuple[int, int, np.ndarray | None]
 T = TypeVar("T")
 
 
+class NotFiniteError(RuntimeError):
+    """A network answered with what is no number; the message names the image or tile."""
+
+
 @dataclass(frozen=True)
 class Axis:
     """How the tiles lie along one axis of the frame."""
@@ -330,7 +334,7 @@ def check_probs(probs: np.ndarray, batch: np.ndarray, corners: list[tuple[int, i
             continue
         values = "values that are not finite (NaN)" if np.isnan(tile_probs).any() else "infinite values"
         where = "its input pixels hold some too" if not np.isfinite(tile_input).all() else "its input pixels are finite"
-        raise RuntimeError(
+        raise NotFiniteError(
             f"the probabilities of the tile at row {top}, column {left} ({batch.shape[2]} x {batch.shape[3]} pixels) "
             f"hold {values}; {where}. Expected numbers in [0, 1]: look at the image there, or at the weights"
         )

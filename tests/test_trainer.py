@@ -11,6 +11,7 @@ from torch import nn
 
 import baselines
 import evaluation
+import train
 import trainer
 from augmentations import Augmentation
 from backends import torch_forward
@@ -226,6 +227,19 @@ def test_a_loss_that_is_not_finite_names_step_rate_and_files():
     bad.images[:] = math.inf
     with pytest.raises(TrainingStopped, match="became nan at step 1, learning rate 0.0625, with the files spoiled"):
         train_one_epoch(learner, [good, bad, good], build_loss("dice", num_logits=1), options, 1)
+
+
+@pytest.mark.parametrize("more", [[], ["--crops", "1", "--foreground-quota", "0"]])
+def test_weights_that_went_to_infinity_in_the_last_step_say_what_to_lower(tmp_path, capsys, more):
+    """The loss was a number, which is that of the weights before the step; scoring is the first to see the others."""
+    data = write_dataset(tmp_path / "data", train=2, val=1)
+    words = ["-d", data, "-m", "plain-unet", "--encoder", "plain-8", "--image-size", 32, "-e", 1, "-w", 0, "-b", 2]
+    words += ["--optim", "SGD", "-lr", 1e30, "-a", "none", "-log", tmp_path, "--exp-name", "run", "--cpu", *more]
+    with pytest.raises(SystemExit) as ended:
+        train.main([str(word) for word in words])
+    error = capsys.readouterr().err
+    assert ended.value.code == 1 and "after the training of epoch 1" in error and str(data) in error, error
+    assert "Lower -lr, add --clip 1 or --warmup 1" in error
 
 
 def test_out_of_memory_names_size_and_flag():
