@@ -153,7 +153,7 @@ def step_lines(
     try:
         need = estimate_step(network, shape, workers=workers, **options)
     except (RuntimeError, NotImplementedError):
-        return []  # it reads values
+        return ["memory: no estimate of what a step takes, this network computes with the values of images"]
     free = free_bytes(device)
     here = device.startswith("cuda") or device == "mps"  # the network has a memory of its own
     total = need.step if here else need.step + need.loader
