@@ -26,6 +26,7 @@ from pairing import (
     find_further,
     find_splits,
     find_training,
+    group_name,
     unique_names,
 )
 from slide_masks import is_annotation
@@ -388,7 +389,24 @@ def check_from_flags(
         note = f"{args.dataset / 'val'} takes no part" if (args.dataset / "val").is_dir() else ""
     notes = [note, said, listed and f"further validation sets {listed}"]
     checked.notes[:0] = [text for text in notes if text]
+    checked.warnings += _groups_on_both_sides(checked, args.group_pattern)
     return checked
+
+
+def _groups_on_both_sides(checked: Checked, pattern: str | None) -> list[str]:
+    """A warning when groups are learned and scored both: --group-pattern moves nothing where the split is given."""
+    if not pattern:
+        return []
+    scored = [item for part in checked.val_sets.values() for item in part]
+    try:
+        learned, known = ({group_name(item.pair.name, pattern) for item in part} for part in (checked.train, scored))
+    except DatasetError as error:
+        return [f"{error}; groups of training and validation were not compared"]
+    both = learned & known
+    if not both:
+        return []
+    count = f"{len(both)} group{'s' if len(both) > 1 else ''}"
+    return [f"{count} of --group-pattern {pattern!r} in training and validation both, such as {min(both)!r}"]
 
 
 def check_dataset(

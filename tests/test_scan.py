@@ -157,6 +157,21 @@ def test_nan_in_a_float_tiff(root):
     assert "a0.tif holds NaN or infinity in 1 pixels; expected finite values: repair it, or declare" in error
 
 
+def test_groups_in_both_splits_are_said(root):
+    words = ["-d", str(root), "--group-pattern"]
+    names = [path.stem for part in ("train", "val") for path in sorted((root / part / "images").iterdir())]
+    assert {name[0] for name in names} == {"a", "b"}
+
+    def warnings(pattern):
+        return scan.check_from_flags(train.build_parser().parse_args([*words, pattern])).warnings
+
+    assert warnings("^([a-z])") == []
+    (warning,) = warnings(r"(\d)$")
+    assert warning == "2 groups of --group-pattern '(\\\\d)$' in training and validation both, such as '0'"
+    (warning,) = warnings("^(patient)")
+    assert warning.endswith("does not match the file name 'a0'; groups of training and validation were not compared")
+
+
 def test_an_image_in_both_splits_is_said(root):
     (root / "val" / "images" / "b1.png").unlink()
     (root / "val" / "images" / "b1.png").symlink_to(root / "train" / "images" / "a2.png")
