@@ -96,7 +96,7 @@ def add_optimisation_args(parser: argparse.ArgumentParser) -> None:
         "--optim",
         default="AdamW",
         metavar="NAME",
-        help="AdamW Adam SGD NAdam RAdam Adamax Adadelta Adagrad ASGD RMSprop Rprop",
+        help="AdamW Adam SGD NAdam RAdam Adamax Adadelta Adagrad ASGD RMSprop Rprop LARS",
     )
     group.add_argument(
         "--weight-decay", type=cli.not_negative, default=1e-4, metavar="X", help="decay of weights, not of biases"
@@ -235,8 +235,9 @@ def check_flags(args: argparse.Namespace) -> None:
         if path and not path.is_file():
             raise cli.UsageError(f"{flag} {path}: no such file")
     class_weights(args)
+    some = torch.ones(2) if args.class_weights else None  # their number is not known before the classes are
     try:
-        losses.build_loss(args.loss, num_logits=2, label_smoothing=args.label_smoothing)
+        losses.build_loss(args.loss, num_logits=2, class_weights=some, label_smoothing=args.label_smoothing)
         augmentations.Augmentation(args.augmentation, rgb=True, value_range=(0, 255))
         args.optim, args.scheduler = optim.resolve_optimiser(args.optim), optim.resolve_schedule(args.scheduler)
         with torch.device("meta"):
@@ -270,6 +271,24 @@ def idle_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> lis
     if args.init_from and begun:
         named = " ".join(begun)
         lines.append(f"warning: --init-from starts from a whole network, so nothing is done with {named}")
+    return lines + thwarted_flags(args)
+
+
+def thwarted_flags(args: argparse.Namespace) -> list[str]:
+    """A line for each flag that others keep from what it is for."""
+    import augmentations
+
+    lines = []
+    if args.warmup >= args.epochs:
+        lines.append(
+            f"warning: --warmup {args.warmup:g} takes all of --epochs {args.epochs}, so the rate never comes to -lr"
+        )
+    random = args.encoder_weights.lower() == "none" or (args.model == "plain-unet" and weights_file(args) is None)
+    if args.freeze_encoder and random and not args.init_from:
+        lines.append("warning: --freeze-encoder keeps random weights as they are, as --encoder-weights loads none")
+    steps = [step for chance in augmentations.LOCAL[args.augmentation] for step in chance.steps]
+    if args.ignore_holes and augmentations.HOLES not in steps:
+        lines.append(f"warning: -a {args.augmentation} makes no holes, so nothing is done with --ignore-holes")
     return lines
 
 

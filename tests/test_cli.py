@@ -145,6 +145,7 @@ def test_version_names_commit_and_libraries(capsys):
         ),
         (["--plateau-factor", "1"], ["--plateau-factor 1", "less than 1"]),
         (["--class-weights", "1", "two"], ["--class-weights '1 two'", "a number for each class, or auto"]),
+        (["--class-weights", "auto", "--loss", "dice"], ["loss 'dice' does not use class weights", "0.5*ce+0.5*dice"]),
         (["--image-size", "1", "2", "3"], ["--image-size", "found 3"]),
         (["--image-size", "0"], ["--image-size", "0 is out of range"]),
         (["-e", "0"], ["--epochs", "out of range"]),
@@ -444,3 +445,20 @@ def test_errors_of_loader_processes_lose_their_traceback():
 
 def test_the_learning_rate_has_a_long_spelling():
     assert train.build_parser().parse_args(["-d", "a", "--lr", "0.5"]).lr == 0.5
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--epohcs", "3"], "unrecognized arguments: --epohcs 3; did you mean --epochs?"),
+        (["--epohcs=3", "--no-cpus", "xyz"], "--epohcs=3 --no-cpus xyz; did you mean --epochs --no-cpu?"),
+        (["--qqqq", "3"], "unrecognized arguments: --qqqq 3\n"),
+        (["-e", "many"], "argument -e/--epochs: 'many' is not a whole number"),
+    ],
+)
+def test_a_wrong_word_is_said_in_one_line_with_what_is_near(words, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.parse(train.build_parser(), ["-d", "data", *words])
+    text = capsys.readouterr().err
+    assert stop.value.code == 2 and message in text
+    assert len(text.splitlines()) == 2 and text.endswith("--help lists all flags\n")

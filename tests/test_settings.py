@@ -134,3 +134,20 @@ def test_starts_that_a_whole_network_replaces_are_named(tmp_path):
     (line,) = idle("--init-from", start, "--init", "xavier", "--encoder-weights", start)
     assert "so nothing is done with --init --encoder-weights" in line
     assert idle("--init-from", start) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "other", "line"),
+    [
+        (["--warmup", 5, "-e", 5], ["-e", 6], "--warmup 5 takes all of --epochs 5, so the rate never comes to -lr"),
+        (["--freeze-encoder", 1], ["--init-from", "START"], "--freeze-encoder keeps random weights as they are"),
+        (["--ignore-holes", "-a", "vessel"], ["-a", "medium"], "-a vessel makes no holes, so nothing is done with"),
+    ],
+)
+def test_flags_that_others_thwart_are_named(words, other, line, tmp_path):
+    start = tmp_path / "a.pth"
+    start.touch()
+    (said,) = idle(*words)
+    assert said.startswith("warning: ") and line in said
+    assert idle(*words, *(start if word == "START" else word for word in other)) == []
+    assert idle("--freeze-encoder", 1, "--encoder-weights", "imagenet"), "there are none for plain-unet"
