@@ -26,6 +26,7 @@ Limits = tuple[float, float]
 
 SHRUNK_FIRST = 2  # pixels of the image for one of the view, from which on they are averaged: else most are not seen
 NEIGHBOURS = 1.5  # side of the region of two neighbouring windows, in sides of one
+REDRAWN = 20  # times that the second view is drawn anew
 SOURCES = ("crop", "neighbours")
 
 
@@ -36,6 +37,8 @@ class ViewPreset:
     area: smallest and largest share of the window that a view shows; None: its middle as it is, at its own scale.
     aspect: how much wider than high, or higher than wide, that part may be. upright: what is up stays up, so views are
     mirrored left and right at most; else they come in all eight positions. degrees: of rotation beside that.
+    shared: the middle of the second view lies in the first one, unless they are of neighbouring windows. Where objects
+    are few, views that share nothing would teach that an object is like an empty place.
     first, second: changes of the values of the first and of the second view.
     """
 
@@ -43,6 +46,7 @@ class ViewPreset:
     aspect: float = 1.0
     upright: bool = False
     degrees: float = 0.0
+    shared: bool = False
     first: tuple[Chance, ...] = ()
     second: tuple[Chance, ...] = ()
 
@@ -67,11 +71,11 @@ def blur(low: float, high: float) -> Change:
     return Change(partial(t.blur, sigma=(low, high)))
 
 
-GREY, SOLARISE, GAMMA = Change(t.to_grey, "colour"), Change(t.solarise), Change(partial(t.gamma, limit=0.4))
+GREY, SOLARISE, GAMMA = Change(t.to_grey, "colour"), Change(t.solarise), Change(partial(t.gamma, limit=0.3))
 GRAIN, UNEVEN = Change(t.grain), Change(t.uneven_light)
 NATURAL = (often(0.8, jitter(0.4, 0.2, 36), contrast(0.4)), often(0.2, GREY))
 MICROSCOPY = (
-    often(0.8, jitter(0.4, 0.3, 12), contrast(0.4)),
+    often(0.8, jitter(0.3, 0.3, 8), contrast(0.3)),
     often(0.4, GAMMA),
     often(0.3, UNEVEN),
     often(0.4, blur(0.3, 1.5)),
@@ -97,6 +101,13 @@ MULTISPECTRAL = (
     often(0.4, blur(0.3, 1.5)),
     often(0.4, GRAIN),
 )
+
+
+def anyhow(changes: tuple[Chance, ...]) -> ViewPreset:
+    """Views of what has no up and down: turned anyhow, and scaled less than natural ones, for size says something."""
+    return ViewPreset((0.25, 1), 1.15, degrees=45, shared=True, first=changes, second=changes)
+
+
 VIEW_PRESETS = {
     "none": ViewPreset(None),
     # Barlow Twins (arXiv 2103.03230, appendix A), as BYOL and SimCLR before it
@@ -107,10 +118,10 @@ VIEW_PRESETS = {
         first=(*NATURAL, often(1, blur(0.1, 2))),
         second=(*NATURAL, often(0.1, blur(0.1, 2)), often(0.2, SOLARISE)),
     ),
-    "microscopy": ViewPreset((0.25, 1), 1.15, degrees=45, first=MICROSCOPY, second=MICROSCOPY),
-    "histology": ViewPreset((0.25, 1), 1.15, degrees=45, first=HISTOLOGY, second=HISTOLOGY),
-    "aerial": ViewPreset((0.25, 1), 1.15, degrees=45, first=AERIAL, second=AERIAL),
-    "multispectral": ViewPreset((0.25, 1), 1.15, degrees=45, first=MULTISPECTRAL, second=MULTISPECTRAL),
+    "microscopy": anyhow(MICROSCOPY),
+    "histology": anyhow(HISTOLOGY),
+    "aerial": anyhow(AERIAL),
+    "multispectral": anyhow(MULTISPECTRAL),
 }
 VIEWS = tuple(name for name in VIEW_PRESETS if name != "none")
 
@@ -217,7 +228,21 @@ class ViewMaker:
             corner: row and column of the region's first pixel; the region may reach out of the image.
         """
         rng = np.random.default_rng([seed, 1])
-        return np.stack([self._draw_view(size, box, rng) for box in self._windows(size, corner, rng)])
+        first, second = self._windows(size, corner, rng)
+        matrix = self._draw_view(size, first, rng)
+        other = self._draw_view(size, second, rng)
+        for _ in range(REDRAWN if self.preset.shared and first == second else 0):
+            if self._holds_middle(matrix, other):
+                break
+            other = self._draw_view(size, second, rng)
+        return np.stack([matrix, other])
+
+    def _holds_middle(self, matrix: np.ndarray, other: np.ndarray) -> bool:
+        """Whether the middle of another view lies in a view."""
+        half = (self.options.size - 1) / 2
+        middle = other @ (half, half, 1)
+        place = np.linalg.solve(matrix[:, :2], middle - matrix[:, 2])
+        return bool(abs(place - half).max() <= half + 0.5)
 
     def _windows(self, size: tuple[int, int], corner: tuple[int, int], rng: np.random.Generator) -> list[Box]:
         window = self.window(size)
