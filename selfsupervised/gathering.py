@@ -31,6 +31,11 @@ def gather_over(values: Tensor) -> Tensor:
     return _Gather.apply(values) if count_processes() > 1 else values  # type: ignore[no-any-return, no-untyped-call]
 
 
+def in_full(values: Tensor) -> Tensor:
+    """Values in float32 at least, as statistics and losses need them under autocast."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
 class _Sum(torch.autograd.Function):
     """A sum over processes; so is its gradient, because every process uses the sum."""
 
@@ -86,7 +91,7 @@ class GatheredBatchNorm(_BatchNorm):
 
     def _normalise_together(self, values: Tensor) -> Tensor:
         self._check_input_dim(values)
-        exact = values if values.dtype == torch.float64 else values.float()  # under autocast too
+        exact = in_full(values)
         others = [0, *range(2, values.ndim)]
         spread, middle = torch.var_mean(exact, dim=others, correction=0)  # (C,) of this process
         middles, spreads = gather_over(torch.stack((middle, spread))[None]).unbind(1)  # (processes, C)
