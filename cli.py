@@ -1,6 +1,7 @@
 """Flags that two or more commands share, each declared once, and what turns them into values."""
 
 import argparse
+import difflib
 import importlib.metadata
 import math
 import os
@@ -12,7 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import settings
 
@@ -28,6 +29,24 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         if action.required or action.default in (None, False, "", argparse.SUPPRESS):
             return action.help
         return super()._get_help_string(action)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, which the list of all flags would push out of sight."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuse words that are no flags, with the flags that they are near to."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = [option for action in self._actions for option in action.option_strings]
+            near = [match for word in unknown for match in difflib.get_close_matches(word.split("=")[0], flags, n=1)]
+            hint = f"; did you mean {' '.join(near)}?" if near else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return found
+
+    def error(self, message: str) -> NoReturn:
+        """Leave with status 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists all flags\n")
 
 
 class _VersionAction(argparse.Action):
@@ -57,7 +76,7 @@ class _JoinWords(argparse.Action):
 
 def make_parser(description: str) -> argparse.ArgumentParser:
     """Make a parser that appends each default to its help text, so no help text repeats one."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+    parser = _Parser(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
     parser.add_argument(
         "--settings", type=Path, metavar="FILE", help="JSON of flags, such as a run's args.json; the command line wins"
     )
