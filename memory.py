@@ -13,7 +13,7 @@ from torch import nn
 from optim import resolve_optimiser
 
 # Copies of the weights that an optimiser keeps besides them and their gradients.
-STATES = {"SGD": 1, "Adagrad": 1, "ASGD": 1, "RMSprop": 1}
+STATES = {"SGD": 1, "Adagrad": 1, "ASGD": 1, "RMSprop": 1, "LARS": 1}
 OTHER_STATES = 2
 # Autocast keeps about half of what is kept for the backward pass in 16 bits; sums and normalisations stay as they are.
 AMP_SHARE = 0.6

@@ -8,7 +8,20 @@ from typing import Any
 import torch
 from torch import nn
 
-OPTIMISERS = ("AdamW", "Adam", "SGD", "NAdam", "RAdam", "Adamax", "Adadelta", "Adagrad", "ASGD", "RMSprop", "Rprop")
+OPTIMISERS = (
+    "AdamW",
+    "Adam",
+    "SGD",
+    "NAdam",
+    "RAdam",
+    "Adamax",
+    "Adadelta",
+    "Adagrad",
+    "ASGD",
+    "RMSprop",
+    "Rprop",
+    "LARS",
+)
 FUSED = ("AdamW", "Adam", "SGD", "Adagrad")  # one kernel on a GPU instead of many
 REFUSED = {
     "LBFGS": "it compares the loss of one batch at several points, and with dropout, batch normalisation and another "
@@ -18,6 +31,7 @@ REFUSED = {
 NOTES = {
     "Rprop": "Rprop takes -lr as the size of its first steps and then chooses them itself: schedule, warm-up and "
     "--weight-decay do nothing. It is made for batches of the whole training set",
+    "LARS": "LARS steps by a thousandth of each layer's weights times -lr: rates of 0.1 to 5 suit it",
     "Adadelta": "Adadelta chooses the size of its steps itself and multiplies it by -lr, which is 1 in the paper",
 }
 SCHEDULES = ("cosine", "plateau", "one-cycle", "poly", "step", "constant")
@@ -73,7 +87,7 @@ def build_optimiser(
     """Build an optimiser; biases and normalisation weights are not decayed.
 
     Args:
-        momentum: of SGD, with Nesterov's correction; others have their own.
+        momentum: of SGD, with Nesterov's correction, and of LARS; others have their own.
         encoder_lr_scale: what the learning rate of `model.encoder` is multiplied by, see Schedule.before_step.
         fused: all weights of a step in one kernel, where PyTorch has it for this optimiser.
 
@@ -89,7 +103,10 @@ def build_optimiser(
     more: dict[str, Any] = {"momentum": momentum, "nesterov": momentum > 0} if name == "SGD" else {}
     if fused and name in FUSED:
         more["fused"] = True
-    return getattr(torch.optim, name)([group for group in groups if group["params"]], lr=lr, **more)
+    groups = [group for group in groups if group["params"]]
+    if name == "LARS":
+        return LARS(groups, lr=lr, momentum=momentum)
+    return getattr(torch.optim, name)(groups, lr=lr, **more)
 
 
 def _decay_groups(weights: Iterable[nn.Parameter], weight_decay: float, **options: float) -> list[dict[str, Any]]:
@@ -99,6 +116,52 @@ def _decay_groups(weights: Iterable[nn.Parameter], weight_decay: float, **option
         {"params": [weight for weight in weights if weight.ndim > 1], "weight_decay": weight_decay, **options},
         {"params": [weight for weight in weights if weight.ndim <= 1], "weight_decay": 0.0, **options},
     ]
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum whose steps are a fixed share of each layer's weights, for large batches.
+
+    A layer's gradient, decay included, is multiplied by trust * |w| / (|g| + weight_decay * |w|). Biases and
+    normalisation weights, which have one dimension, are stepped as by SGD without decay, and so is a layer whose
+    weights or gradients are all 0. The learning rate multiplies the step, not what momentum keeps, as in PyTorch's
+    SGD; with a constant rate that is the paper's rule.
+
+    Reference: You et al. 2017, https://arxiv.org/abs/1708.03888
+    """
+
+    def __init__(
+        self, params: Any, lr: float, momentum: float = 0.9, weight_decay: float = 0.0, trust: float = 0.001
+    ) -> None:
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step; nothing waits for the device."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    self._step_layer(weight, group)
+        return loss
+
+    def _step_layer(self, weight: torch.Tensor, group: dict[str, Any]) -> None:
+        change = weight.grad
+        assert change is not None
+        if weight.ndim > 1:
+            decay, norm, slope = group["weight_decay"], weight.norm(), change.norm()
+            share = group["trust"] * norm / (slope + decay * norm)
+            share = torch.where((norm > 0) & (slope > 0), share, torch.ones_like(share))
+            change = change.add(weight, alpha=decay) * share
+        state = self.state[weight]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(weight)
+        velocity = state["momentum_buffer"]
+        velocity.mul_(group["momentum"]).add_(change)
+        weight.add_(velocity, alpha=-group["lr"])
 
 
 @dataclass(frozen=True)
