@@ -235,7 +235,7 @@ class Augmentation:
             for step in _draw(chance.probability, fit, rng):
                 count = step.channels(image.shape[2], rgb=self.rgb)
                 if step.on == "mask":
-                    options = {"ignored": True} if step is HOLES and self.ignore_holes else {}
+                    options = {"ignored": True} if step == HOLES and self.ignore_holes else {}
                     image, mask = step.run(image, mask, rng, **options)
                 elif count == image.shape[2]:
                     image = step.run(image, rng)

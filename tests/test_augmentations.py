@@ -277,9 +277,10 @@ def test_holes_are_ignored_if_asked(preset):
     plain, careful = (
         Augmentation(preset, rgb=True, value_range=(0, 255), ignore_holes=ignored) for ignored in (False, True)
     )
-    found = 0
+    sent, found = pickle.loads(pickle.dumps(careful)), 0
     for seed in range(60):
         out, labels = careful.local(image, mask, seed)
+        assert np.array_equal(labels, sent.local(image, mask, seed)[1]), "a started loader process gets a copy"
         same, kept = plain.local(image, mask, seed)
         assert np.array_equal(out, same) and not kept.any()
         found += labels.any()
