@@ -298,6 +298,11 @@ def add_label_args(group: argparse._ArgumentGroup) -> None:
         metavar="NAME",
         help="folders beside images/ with an extra channel each",
     )
+    add_class_args(group)
+
+
+def add_class_args(group: argparse._ArgumentGroup) -> None:
+    """Add what mask labels mean."""
     group.add_argument(
         "--class-list",
         nargs="+",

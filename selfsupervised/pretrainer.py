@@ -228,7 +228,7 @@ def fit(
     description: Description,
     batches: Batches,
     options: FitOptions,
-    look: Look,
+    look: Look | None,
     run: RunLog | None,
     *,
     allow_collapse: bool = False,
@@ -237,7 +237,7 @@ def fit(
     """Train until the last epoch; every epoch is logged and saved.
 
     Args:
-        run: where to write; None in all processes but the first.
+        look, run: what is looked at, and where to write; None in all processes but the first.
         report: takes one line for each epoch.
 
     Raises:
@@ -259,7 +259,7 @@ def fit(
         row["collapsed"] = is_collapsed(watched, len(result.embeddings))
 
         def close(row: dict[str, Any] = row, begin: float = begin, waited: float = result.waited) -> None:
-            assert run is not None, "the first process has a run folder"
+            assert run is not None and look is not None, "the first process has both"
             if progress.epoch % look.every == 0 or progress.epoch == options.epochs:
                 take_look(learner.network.encoder, look, description, run, row)
             row |= {"seconds": round(time.perf_counter() - begin, 2), "waited": round(waited, 3)}

@@ -62,7 +62,7 @@ FLOORS = (
     {"evaluation", "learner"},
     {"trainer", "video_prediction"},
     {"baselines", "export_measure", "folds", "foreign_onnx", "lr_finder", "selfsupervised", "train_options"},
-    {"export_file"},
+    {"export_file", "pretrain_options"},
     {"export_report", "fewer_bits"},
     {"annotate", "export_onnx", "predict", "pretrain", "train", "validate", "dataset_utils", "benchmarks"},
 )

@@ -1,0 +1,340 @@
+"""Pretrain an encoder on unlabelled images, so that train.py needs fewer labels.
+
+Examples:
+    python pretrain.py --images data/unlabelled --views microscopy --encoder resnet18 -e 200
+    python train.py -d data/sample -m unet --encoder resnet18 --encoder-weights logs/NAME/NAME.pth
+"""
+
+import argparse
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cli
+import pretrain_options as options
+
+WINDOWS, WINDOW_BYTES = 256, 64 << 20  # most windows that are watched, and the memory that they may take
+QUIET = {"images", "epochs", "workers", "log_dir", "exp_name", "cpu", "device", "encoder_weights"}
+QUIET |= {"probe", "probe_every", "probe_head", "class_list", "class_names", "ignore_label", "allow_collapse"}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Flags of pretrain.py."""
+    parser = cli.make_parser("Pretrain an encoder on unlabelled images, so that train.py needs fewer labels.")
+    options.add_image_args(parser)
+    options.add_method_args(parser)
+    options.add_optimisation_args(parser)
+    options.add_watch_args(parser)
+    cli.add_run_args(parser, batch=64)
+    cli.add_log_args(parser, tables=False)
+    return parser
+
+
+@dataclass(frozen=True)
+class Data:
+    """The images of a run after their check."""
+
+    found: Any  # selfsupervised.images.CheckedImages
+    statistics: Any
+    digest: str
+    slides: Any
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, check the images, pretrain, say where the encoder is."""
+    parser = build_parser()
+    with cli.said_once():
+        args = cli.parse(parser, argv)
+    with cli.plain_errors(parser, interrupted="the same command goes on from the last finished epoch"):
+        from processes import join_processes
+
+        device = cli.pick_device(args.device, args.cpu)
+        with join_processes(device) as processes:
+            args = processes.first_does(lambda: check_command(args, device, processes))
+            run_dir = args.log_dir / (args.exp_name or default_name(args))
+            data = processes.first_does(lambda: prepare_run(args, run_dir))
+            pretrain(args, data, run_dir, device, cli.run_record(args, argv), processes)
+
+
+def check_command(args: argparse.Namespace, device: str, processes: Any) -> argparse.Namespace:
+    """The flags in our spelling, after their check."""
+    options.check_flags(args)
+    options.check_processes(args, device, processes)
+    print(f"device: {device}{processes.described}")
+    return args
+
+
+def default_name(args: argparse.Namespace) -> str:
+    """Name of a run that was given none; the same command finds the same run again."""
+    folder = args.images[0].resolve()
+    words = [folder.stem]
+    while words[0] in ("images", "train") and folder.parent != folder:
+        folder = folder.parent
+        words.insert(0, folder.name)
+    return f"{args.method}_{args.encoder}_{'_'.join(words)}".replace("/", "-")
+
+
+def prepare_run(args: argparse.Namespace, run_dir: Path) -> Data:
+    """The images of a run whose folder it can go on in."""
+    from run_folder import read_history
+
+    epochs = len(read_history(run_dir))
+    if epochs > 1 and not (run_dir / "last_checkpoint").is_file():
+        raise ValueError(
+            f"{run_dir} holds a run of {epochs} epochs and no last_checkpoint to go on from. Put it back, or use "
+            "another --exp-name."
+        )
+    return prepare_data(args, run_dir)
+
+
+def prepare_data(args: argparse.Namespace, run_dir: Path) -> Data:
+    """Find and check the images, say what was found, list those that cannot be read."""
+    import normalisation
+    from image_io import write_text
+    from selfsupervised.images import check_images, find_images
+    from slide_scan import choose_tissue
+    from slide_windows import SlideOptions
+    from tables import format_csv
+
+    pairs = find_images(args.images)
+    slides, said = choose_tissue(pairs, SlideOptions(args.mpp or 0.0, args.reduce or 1.0), args.tissue)
+    found = check_images(pairs, steps=args.preprocess, slides=slides, progress=True)
+    if found.left_out:
+        path = run_dir / "unreadable.csv"
+        rows = [{"file": str(file), "reason": reason} for file, reason in found.left_out]
+        write_text(path, format_csv(("file", "reason"), rows, "dot"))
+        for row in rows[:5]:
+            print(f"warning: left out: {row['reason']}")
+        print(
+            f"warning: {len(rows)} of {len(pairs)} files are left out and stay as they are; they are listed in {path}"
+        )
+    for message in found.warnings:
+        print(f"warning: {message}")
+    statistics = normalisation.load_or_compute_statistics(run_dir, run_dir, found.facts, args.preprocess)
+    notes = "".join(f"; {text}" for text in (*found.notes, said) if text)
+    print(f"{len(found.pairs)} images of {len(found.channels)} channels ({', '.join(found.channels)}){notes}")
+    print(f"statistics: {statistics.source}")
+    return Data(found, statistics, normalisation.digest(found.facts, args.preprocess), slides)
+
+
+def build_views(args: argparse.Namespace, data: Data, preset: str) -> Any:
+    """The images as pairs of views."""
+    from selfsupervised.images import UnlabelledSet, usual_range
+    from selfsupervised.views import ViewMaker, ViewOptions
+
+    shape = ViewOptions(args.image_size, args.window, args.views_from)
+    maker = ViewMaker(preset, shape, rgb=data.found.rgb, value_range=usual_range(data.statistics))
+    mean, std = data.statistics.mean, data.statistics.std
+    return UnlabelledSet(
+        data.found.pairs, maker, data.found.channels, mean, std, steps=args.preprocess, slides=data.slides
+    )
+
+
+def build_batches(args: argparse.Namespace, data: Data, device: str, processes: Any) -> Any:
+    """The views as batches; of several processes, this one's part of them."""
+    from selfsupervised.images import ViewBatches
+    from selfsupervised.views import auto_views
+
+    preset = auto_views(len(data.found.channels)) if args.views == "auto" else args.views
+    batches = ViewBatches(
+        build_views(args, data, preset),
+        batch=args.batch,
+        crops=args.crops,
+        seed=args.seed,
+        workers=processes.workers(args.workers),
+        pin=device.startswith("cuda"),
+        rank=processes.rank,
+        world=processes.world,
+    )
+    pairs = len(data.found.pairs) * args.crops
+    print(f"views: {preset}, {args.image_size} pixels; {pairs} pairs an epoch, {len(batches)} batches of {args.batch}")
+    return batches
+
+
+def plain_windows(args: argparse.Namespace, data: Data) -> tuple[Any, list[str]]:
+    """Windows as they are, the same in every run: for statistics, what is watched, and pictures; names of images."""
+    import torch
+
+    from dataset import Slot
+
+    views = build_views(args, data, "none")
+    count = min(WINDOWS, max(16, WINDOW_BYTES // (views.sample_bytes // 2)))
+    each = max(1, min(count // len(views), args.crops, count))
+    step = max(1, len(views) * each // count)
+    images = range(0, len(views), step)
+    items = [views[tuple(Slot(image, image * each + number) for number in range(each))] for image in images]
+    samples = [sample for item in items for sample in item][:count]
+    return torch.stack([torch.from_numpy(view) for _, view, _, _ in samples]), [name for name, *_ in samples]
+
+
+def build_encoder(args: argparse.Namespace, channels: int) -> Any:
+    """The encoder with its starting weights, checked on a view."""
+    import torch
+
+    from model import BUILD_ERRORS, shorten_error
+    from selfsupervised.encoders import build_encoder as random_encoder
+    from selfsupervised.encoders import feature_maps
+
+    encoder = random_encoder(args.encoder, channels)
+    try:
+        with torch.no_grad():
+            feature_maps(encoder.eval(), torch.zeros(1, channels, args.image_size, args.image_size))
+    except BUILD_ERRORS as error:
+        raise cli.UsageError(
+            f"--image-size {args.image_size}: {args.encoder} does not take it ({shorten_error(error)}); expected a "
+            "multiple of 32, or the one size that a vision transformer was made for, such as 224"
+        ) from error
+    return encoder.train()
+
+
+def start_weights(args: argparse.Namespace, encoder: Any, channels: int) -> None:
+    """Put the weights of --encoder-weights into the encoder, and say what matched."""
+    import model
+    import weights
+    from selfsupervised.encoders import HOLDERS
+
+    architectures = (model.PLAIN_UNET,) if args.encoder.startswith("plain-") else HOLDERS
+    for architecture in architectures:
+        try:
+            network = model.build_model(architecture, args.encoder, in_channels=channels, num_logits=1)
+        except ValueError:
+            continue
+        print(weights.load_encoder_weights(network, args.encoder_weights, in_channels=channels))
+        encoder.load_state_dict(network.encoder.state_dict())  # type: ignore[union-attr]
+        return
+
+
+def build_method(args: argparse.Namespace, channels: int, windows: int, *, fresh: bool) -> Any:
+    """The method around an encoder, with its starting weights if the run is fresh."""
+    import torch
+
+    import model
+    from selfsupervised import methods
+    from selfsupervised.gathering import gather_statistics
+
+    torch.manual_seed(args.seed)
+    encoder = build_encoder(args, channels)
+    if fresh and args.encoder_weights.lower() != "none":
+        start_weights(args, encoder, channels)
+    if args.sync_bn:
+        gather_statistics(encoder)
+    try:
+        method = methods.build_method(args.method, encoder, options.method_options(args, windows))
+    except ValueError as error:
+        raise cli.UsageError(str(error)) from error
+    if args.accumulate > 1 and not method.accumulates:
+        raise cli.UsageError(f"--accumulate {args.accumulate}: {method.why_not}")
+    learned = model.count_parameters(encoder) / 1e6, model.count_parameters(method) / 1e6
+    print(f"{args.method}: {args.encoder} of {learned[0]:.2f} M parameters, {learned[1]:.2f} M with all of the method")
+    return method
+
+
+def describe(args: argparse.Namespace, data: Data, chosen: Any) -> Any:
+    """What is pretrained, on what."""
+    from selfsupervised.encoder_file import Description
+
+    sizes = {"--projector": "-".join(map(str, args.projector)) or "default"}
+    if args.method == "moco":
+        sizes["--queue"] = str(chosen.queue)
+    return Description(
+        method=args.method,
+        encoder=args.encoder,
+        channels=tuple(data.found.channels),
+        mean=tuple(data.statistics.mean),
+        std=tuple(data.statistics.std),
+        preprocess=tuple(args.preprocess),
+        dtype=data.found.facts[0].layers[0].dtype,
+        image_size=args.image_size,
+        images=len(data.found.pairs),
+        digest=data.digest,
+        sizes=sizes,
+    )
+
+
+def pretrain(
+    args: argparse.Namespace, data: Data, run_dir: Path, device: str, record: dict[str, Any], processes: Any
+) -> None:
+    """Build everything, go on from a last_checkpoint if there is one, fit, say where the encoder is."""
+    from selfsupervised import pretrainer
+
+    fresh, device = not (run_dir / "last_checkpoint").is_file(), processes.device(device)
+    channels, windows = len(data.found.channels), len(data.found.pairs) * args.crops
+    batches = build_batches(args, data, device, processes)
+    method = processes.first_then_others(lambda: build_method(args, channels, windows, fresh=fresh))
+    look = build_look(args, data, channels, device) if processes.first else None
+    description = describe(args, data, options.method_options(args, windows))
+    fit = options.fit_options(args)
+    steps, shape = -(-len(batches) // args.accumulate), (channels, args.image_size, args.image_size)
+    learner = pretrainer.build_pretrainer(method, fit, device=device, steps=steps, shape=shape, processes=processes)
+    if pretrainer.resume(learner, run_dir / "last_checkpoint", description):
+        print(f"going on in {run_dir} after epoch {learner.progress.epoch}")
+        say_changes(run_dir, record["flags"])
+    images = args.batch * args.accumulate
+    print(f"learning rate: {fit.lr:.3g} for steps of {images} images (-lr {args.lr:g} is for {options.BASE_BATCH})")
+    if learner.progress.epoch >= args.epochs:
+        print(f"the run is complete: {learner.progress.epoch} epochs are done and --epochs asks for {args.epochs}")
+        print("to train on: a larger --epochs; to train anew: another --exp-name")
+    run = open_log(run_dir, learner.progress.epoch, record) if processes.first else None
+    pretrainer.fit(learner, description, batches, fit, look, run, allow_collapse=args.allow_collapse, report=print)
+    if run is not None:
+        finish(args, run)
+
+
+def build_look(args: argparse.Namespace, data: Data, channels: int, device: str) -> Any:
+    """What is looked at every few epochs."""
+    from selfsupervised.look import Look
+
+    windows, names = plain_windows(args, data)
+    encoder = build_encoder(args, channels).to(device)
+    return Look(
+        encoder, windows, names, every=args.probe_every, probes=build_probes(args, data), pictures=build_pictures()
+    )
+
+
+def build_probes(args: argparse.Namespace, data: Data) -> list[Any]:
+    """The probe of --probe, as a function of the encoder."""
+    return []
+
+
+def build_pictures() -> list[Any]:
+    """What draws pictures for TensorBoard, as functions of the encoder, windows and names."""
+    return []
+
+
+def open_log(run_dir: Path, epoch: int, record: dict[str, Any]) -> Any:
+    """The log of a run, cut back to what is done, with the flags of this start."""
+    from image_io import write_text
+    from selfsupervised.run_log import RunLog
+
+    run = RunLog(run_dir, epoch=epoch)
+    write_text(run_dir / "args.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    run.log_flags(record["flags"])
+    return run
+
+
+def say_changes(run_dir: Path, flags: dict[str, Any]) -> None:
+    """Name the flags that differ from those that the run was started with."""
+    path = run_dir / "args.json"
+    before = json.loads(path.read_text(encoding="utf-8"))["flags"] if path.is_file() else {}
+    for name in sorted(flags.keys() & before.keys() - QUIET):
+        if flags[name] != before[name]:
+            print(f"warning: {name} was {before[name]} when this run began, it goes on with {flags[name]}")
+
+
+def finish(args: argparse.Namespace, run: Any) -> None:
+    """Say where the encoder is and how it is used."""
+    run.close()
+    path = run.encoder_path
+    architecture = "plain-unet" if args.encoder.startswith("plain-") else "unet"
+    if path.is_file():
+        print(f"\nencoder: {path}")
+        weights = f"--encoder-weights {shlex.quote(str(path))}"
+        print(f"train with it: python train.py -d DATASET -m {architecture} --encoder {args.encoder} {weights}")
+    print(f"tensorboard --logdir {shlex.quote(str(args.log_dir))}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,271 @@
+"""Flags of pretrain.py: declared, checked, and as the modules take them."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import cli
+
+METHODS = ("barlow", "moco", "mocov3", "dense")  # of selfsupervised.interface, which takes seconds to import
+VIEWS = ("natural", "microscopy", "histology", "aerial", "multispectral")
+BASE_BATCH = 256  # that -lr is for
+RATES = {"AdamW": 1e-3, "LARS": 0.2, "SGD": 0.03}  # for BASE_BATCH: of MoCo v3 and others, Barlow Twins, MoCo
+DECAYS = {"AdamW": 1e-4, "LARS": 1e-6, "SGD": 1e-4}
+
+
+def add_image_args(parser: argparse.ArgumentParser) -> None:
+    """Add the flags about images and the views that are made of them."""
+    group = parser.add_argument_group("images")
+    group.add_argument(
+        "--images",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="DIR",
+        help="folders of images or slides, or files; of a folder that holds images/ that one is meant, never gt/",
+    )
+    group.add_argument(
+        "--preprocess", nargs="+", choices=("clahe", "denoise", "stretch"), default=[], help="steps before statistics"
+    )
+    cli.add_slide_args(parser)
+    group = parser.add_argument_group("views")
+    group.add_argument("--image-size", type=cli.positive_int, default=128, metavar="S", help="side of a view")
+    group.add_argument(
+        "--crops", type=cli.positive_int, default=4, metavar="N", help="pairs of views from each image in an epoch"
+    )
+    group.add_argument(
+        "--window",
+        type=cli.not_negative,
+        default=1.5,
+        metavar="X",
+        help="side of the random window that a pair is cut from, in sides of a view; 0: the whole image",
+    )
+    group.add_argument(
+        "--views-from", choices=("crop", "neighbours"), default="crop", help="one window, or two that lie side by side"
+    )
+    group.add_argument(
+        "--views",
+        choices=("auto", *VIEWS),
+        default="auto",
+        help="what may differ between two views; auto: natural for RGB, multispectral for others",
+    )
+
+
+def add_method_args(parser: argparse.ArgumentParser) -> None:
+    """Add the flags about the encoder and the method that trains it."""
+    group = parser.add_argument_group("method")
+    group.add_argument("--method", choices=METHODS, default="barlow", help="how it learns; dense: places, not images")
+    group.add_argument("--encoder", default="resnet18", metavar="NAME", help="encoder of train.py: smp, timm, plain-N")
+    group.add_argument(
+        "--encoder-weights", default="none", metavar="W", help="start: none, imagenet (downloaded) or a file of weights"
+    )
+    group.add_argument(
+        "--projector",
+        type=widths,
+        default=(),
+        metavar="N-N-N",
+        help="widths of the projector; default: 1024-1024-1024, 1024-256 for mocov3, that of the features-128 for moco",
+    )
+    group.add_argument(
+        "--lambda",
+        dest="lambda_",
+        type=cli.not_negative,
+        default=0.005,
+        metavar="X",
+        help="barlow and dense: weight of what dimensions have in common",
+    )
+    group.add_argument(
+        "--temperature",
+        type=cli.positive_float,
+        default=0.2,
+        metavar="X",
+        help="moco and mocov3: what similarities are divided by",
+    )
+    group.add_argument(
+        "--momentum-encoder",
+        type=cli.share,
+        default=0.99,
+        metavar="X",
+        help="moco and mocov3: share of the teacher that stays at each step",
+    )
+    group.add_argument(
+        "--queue",
+        type=cli.positive_int,
+        metavar="N",
+        help="moco: keys of earlier batches; default: half of the views of an epoch, at most 16384",
+    )
+    group.add_argument(
+        "--dense-points", type=cli.positive_int, default=32, metavar="N", help="dense: places compared in each pair"
+    )
+    group.add_argument(
+        "--dense-global", type=cli.share, default=0.5, metavar="X", help="dense: share of the loss of whole views"
+    )
+
+
+def add_optimisation_args(parser: argparse.ArgumentParser) -> None:
+    """Add the flags about the optimiser and what a step is."""
+    group = parser.add_argument_group("optimisation")
+    group.add_argument(
+        "-e", "--epochs", type=cli.positive_int, default=100, metavar="N", help="epochs in all, also on resume"
+    )
+    group.add_argument(
+        "-lr",
+        "--lr",
+        type=cli.positive_float,
+        metavar="X",
+        help=f"highest rate for a batch of {BASE_BATCH}, scaled by the batch of all processes; default: "
+        + ", ".join(f"{rate:g} for {name}" for name, rate in RATES.items()),
+    )
+    group.add_argument("--optim", choices=tuple(RATES), default="AdamW", help="optimiser")
+    group.add_argument(
+        "--weight-decay",
+        type=cli.not_negative,
+        metavar="X",
+        help="decay of weights, not of biases; default: 1e-4, 1e-6 for LARS",
+    )
+    group.add_argument(
+        "--momentum", type=cli.share, default=0.9, metavar="X", help="momentum of SGD (Nesterov's) and LARS"
+    )
+    group.add_argument(
+        "--warmup",
+        type=cli.not_negative,
+        metavar="N",
+        help="epochs of rising rate; default: a tenth of --epochs, at most 10",
+    )
+    group.add_argument("--amp", choices=("no", "bf16", "fp16"), default="no", help="precision inside autocast")
+    group.add_argument(
+        "--accumulate", type=cli.positive_int, default=1, metavar="N", help="batches for one step; moco alone"
+    )
+    group.add_argument(
+        "--clip", type=cli.not_negative, default=0, metavar="X", help="largest gradient norm; 0: no limit"
+    )
+    cli.add_switch(group, "--sync-bn", help="batch normalisation of the encoder over the batches of all processes")
+    group.add_argument(
+        "--channels-last", action=argparse.BooleanOptionalAction, default=True, help="memory layout of tensors"
+    )
+
+
+def add_watch_args(parser: argparse.ArgumentParser) -> None:
+    """Add the flags about what is looked at while it learns."""
+    group = parser.add_argument_group("watching")
+    group.add_argument(
+        "--probe-every",
+        type=cli.positive_int,
+        default=10,
+        metavar="N",
+        help="epochs between two looks at the encoder: its file, ranks, pictures and probe; always after the last",
+    )
+    group.add_argument(
+        "--probe",
+        type=Path,
+        metavar="DIR",
+        help="labelled data set that a small head on the frozen encoder is scored on",
+    )
+    group.add_argument("--probe-head", choices=("linear", "decoder"), default="linear", help="that head")
+    cli.add_switch(group, "--allow-collapse", help="go on when all images get the same embedding")
+    cli.add_class_args(parser.add_argument_group("labels of --probe"))
+
+
+def widths(text: str) -> tuple[int, ...]:
+    """Argparse type: whole numbers with hyphens between."""
+    words = text.split("-")
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected widths with hyphens between, such as 1024-1024-1024")
+    return tuple(map(int, words))
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuse unknown names and numbers that cannot be, and put in what defaults depend on, before files are read.
+
+    Raises:
+        cli.UsageError: names the flag or what it may be.
+    """
+    from model import resolve_encoder
+    from networks.plain_unet import PLAIN_WIDTHS
+    from selfsupervised.views import ViewOptions
+    from train_options import weights_file
+
+    if args.reduce and args.reduce < 1:
+        raise cli.UsageError(f"--reduce {args.reduce:g} would enlarge the images; expected 1 or more")
+    path = weights_file(args)
+    if path and not path.is_file():
+        raise cli.UsageError(f"--encoder-weights {path}: no such file")
+    labels = {"--class-list": args.class_list, "--class-names": args.class_names, "--ignore-label": args.ignore_label}
+    for flag, given in labels.items():
+        if given is not None and not args.probe:
+            raise cli.UsageError(f"{flag} says what the labels of --probe mean; give --probe DIR too, or leave it out")
+    try:
+        args.encoder = resolve_encoder(args.encoder, "plain-unet" if args.encoder.strip() in PLAIN_WIDTHS else "unet")
+        ViewOptions(args.image_size, args.window, args.views_from)
+    except ValueError as error:
+        raise cli.UsageError(str(error)) from error
+    args.lr = RATES[args.optim] if args.lr is None else args.lr
+    args.weight_decay = DECAYS[args.optim] if args.weight_decay is None else args.weight_decay
+    args.warmup = min(10.0, args.epochs / 10) if args.warmup is None else args.warmup
+
+
+def check_processes(args: argparse.Namespace, device: str, processes: Any) -> None:
+    """Refuse what several processes cannot do.
+
+    Raises:
+        cli.UsageError: names the flag and a way on.
+    """
+    import torch
+
+    if args.amp == "fp16" and device == "cpu":
+        raise cli.UsageError("--amp fp16 needs a GPU; use --amp bf16 or no on the cpu")
+    if processes.world == 1:
+        return
+    if device not in ("cpu", "cuda"):
+        raise cli.UsageError(f"--device {device}: each process takes a GPU of its own with --device cuda, or the cpu")
+    if device == "cuda" and torch.cuda.device_count() < processes.on_machine:
+        raise cli.UsageError(
+            f"{processes.on_machine} processes on a machine with {torch.cuda.device_count()} GPUs, and each needs one; "
+            "lower --nproc_per_node of torchrun, or give --cpu"
+        )
+
+
+def scaled_rate(args: argparse.Namespace) -> float:
+    """The highest learning rate, for the images of one step of all processes together."""
+    return float(args.lr * args.batch * args.accumulate / BASE_BATCH)
+
+
+def fit_options(args: argparse.Namespace) -> Any:
+    """Flags about optimisation as the learner takes them."""
+    from learner import FitOptions
+    from optim import ScheduleOptions
+
+    return FitOptions(
+        epochs=args.epochs,
+        lr=scaled_rate(args),
+        optimiser=args.optim,
+        weight_decay=args.weight_decay,
+        momentum=args.momentum,
+        schedule=ScheduleOptions("cosine", args.warmup),
+        amp=args.amp,
+        accumulate=args.accumulate,
+        clip=args.clip,
+        monitor="loss",
+        channels_last=args.channels_last,
+    )
+
+
+def method_options(args: argparse.Namespace, windows: int) -> Any:
+    """Flags about the method as build_method takes them.
+
+    Args:
+        windows: pairs of views in an epoch.
+    """
+    from selfsupervised.interface import MethodOptions
+    from selfsupervised.moco import choose_queue
+
+    return MethodOptions(
+        projector=args.projector,
+        lambda_=args.lambda_,
+        temperature=args.temperature,
+        momentum=args.momentum_encoder,
+        queue=args.queue or choose_queue(windows, args.batch),
+        points=args.dense_points,
+        global_weight=args.dense_global,
+        batch=args.batch,
+    )
