@@ -267,7 +267,7 @@ def gaussian_noise(image: np.ndarray, rng: np.random.Generator, *, deviation: Li
     return _add(image, normal_noise(rng, image.shape, rng.uniform(*deviation) * _top(image)))
 
 
-def grain(image: np.ndarray, rng: np.random.Generator, *, share: Limits = (0.05, 0.3)) -> np.ndarray:
+def grain(image: np.ndarray, rng: np.random.Generator, *, share: Limits = (0.03, 0.15)) -> np.ndarray:
     """Normal noise of a share of the picture's own deviation: a dim picture is not drowned in it."""
     spread = float(np.sqrt(np.square(cv2.meanStdDev(image)[1]).mean()))
     return _add(image, normal_noise(rng, image.shape, rng.uniform(*share) * spread))

@@ -20,10 +20,15 @@ ANY = {  # on any number of channels
     "sensor_noise": t.sensor_noise,
     "haze": t.haze,
     "shadow": t.shadow,
+    "uneven_light": t.uneven_light,
+    "band_gains": t.band_gains,
+    "grain": t.grain,
+    "solarise": t.solarise,
 }
 RGB = {
     "clahe": t.clahe,
     "hue_saturation": t.hue_saturation,
+    "colour_jitter": t.colour_jitter,
     "pca_shift": t.pca_shift,
     "stain_shift": t.stain_shift,
     "to_grey": t.to_grey,
@@ -78,7 +83,7 @@ def test_changes_of_nothing_but_black_or_white_stay_finite(case):
             assert np.isfinite(out).all() and 0 <= out.min() and out.max() <= top
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if "noise" not in case])
+@pytest.mark.parametrize("case", [case for case in CASES if "noise" not in case and "grain" not in case])
 def test_8_bit_and_float_agree(case):
     run, channels = pick(case)
     image = picture(np.uint8, channels)
@@ -123,6 +128,72 @@ def test_hue_turns_and_grey_stays_grey():
         hues.add(int(cv2.cvtColor(apply(t.hue_saturation, red, seed), cv2.COLOR_RGB2HSV)[0, 0, 0]))
         assert np.ptp(apply(t.hue_saturation, grey, seed)) == 0
     assert len(hues) > 6 and all(hue <= 20 or hue >= 160 for hue in hues)
+
+
+def jitter_by_steps(image, seed):
+    """Brightness, contrast, saturation, hue one after the other on values of 0 to 1, as their names say."""
+    rng, luma = np.random.default_rng(seed), np.array([0.299, 0.587, 0.114])
+    lighter, harder, richer = (1 + rng.uniform(-limit, limit) for limit in (0.4, 0.4, 0.2))
+    angle = np.deg2rad(rng.uniform(-36, 36))
+    out = image * lighter
+    middle = (out @ luma).mean()
+    out = middle + harder * (out - middle)
+    grey = (out @ luma)[..., None]
+    out = grey + richer * (out - grey)
+    in_phase = out @ (0.596, -0.274, -0.322)
+    quadrature = out @ (0.211, -0.523, 0.312)
+    around = np.exp(1j * angle) * (in_phase + 1j * quadrature)
+    solved = np.linalg.inv([luma, [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+    return np.stack([out @ luma, around.real, around.imag], axis=2) @ solved.T
+
+
+def test_one_matrix_is_jitter_step_by_step_and_greys_stay_grey():
+    image = picture(np.float32)
+    grey = image[..., :1].repeat(3, axis=2)
+    for seed in range(10):
+        expected = np.clip(jitter_by_steps(image.astype(float), seed), 0, 1)
+        np.testing.assert_allclose(apply(t.colour_jitter, image, seed), expected, atol=2e-5)
+        assert np.ptp(apply(t.colour_jitter, grey, seed), axis=2).max() < 1e-5
+
+
+def test_band_gains_are_each_bands_own_and_keep_its_pattern():
+    image = picture(np.float32, channels=5)
+    image = 0.4 + 0.2 * image  # far from both ends, where values are cut
+    for seed in range(6):
+        out = apply(t.band_gains, image, seed)
+        slopes = [np.polyfit(image[..., band].ravel(), out[..., band].ravel(), 1)[0] for band in range(5)]
+        assert all(0.69 < slope < 1.31 for slope in slopes) and np.std(slopes) > 0.03
+        for band in range(5):
+            assert np.corrcoef(image[..., band].ravel(), out[..., band].ravel())[0, 1] > 0.999
+
+
+def test_solarise_turns_what_is_lighter_than_the_middle():
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16, 1)
+    assert apply(t.solarise, ramp, 0).ravel().tolist() == [
+        value if value < 128 else 255 - value for value in range(256)
+    ]
+    dim = (ramp / np.float32(2550)).astype(np.float32)  # 16 bits of which a tenth is used
+    out = apply(t.solarise, dim, 0)
+    assert out.min() == 0 and abs(out.max() - 0.05) < 1e-3, "dim pictures stay dim"
+    assert np.abs(out - dim).max() > 0.09
+
+
+@pytest.mark.parametrize("dtype", TOPS)
+def test_grain_is_a_share_of_the_pictures_own_spread(dtype):
+    bright = picture(dtype)
+    dim = (bright * 0.2).astype(dtype)
+    for image in (bright, dim):
+        for seed in range(6):
+            change = apply(t.grain, image, seed).astype(float) - image
+            assert 0.025 < change.std() / image.std() < 0.17
+
+
+def test_uneven_light_is_smooth_and_the_same_factor_for_all_channels():
+    image = np.full((96, 96, 3), 0.5, np.float32)
+    for seed in range(6):
+        out = apply(t.uneven_light, image, seed)
+        assert np.ptp(out, axis=2).max() < 1e-6 and 0.03 < np.ptp(out) < 0.31
+        assert np.abs(np.diff(out, axis=0)).max() < 0.01 and np.abs(np.diff(out, axis=1)).max() < 0.01
 
 
 def test_pca_shifts_along_the_colours_that_are_there():
@@ -201,7 +272,7 @@ def test_blur_and_downscale_take_detail_away():
 def test_fine_steps_of_floats_stay():
     ramp = np.linspace(0.1, 0.2, 64 * 64, dtype=np.float32).reshape(64, 64, 1).repeat(3, axis=2)
     for name, run in (ANY | RGB).items():
-        if name not in ("clahe", "shadow"):  # these make equal values differ
+        if name not in ("clahe", "shadow", "solarise"):  # these make equal values differ
             assert len(np.unique(apply(run, ramp, 2))) > 800, name
 
 
