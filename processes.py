@@ -280,6 +280,7 @@ def join_processes(kind: str) -> Iterator[Processes]:
     with Path(os.devnull).open("w") as nothing, redirect_stdout(sys.stdout if several.first else nothing):
         try:
             yield several
+            several.gather(None)  # to one that still writes, another that has ended would look killed
         except (Exception, KeyboardInterrupt) as error:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's: we are ending
             shown = several.explain(error)

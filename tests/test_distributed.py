@@ -78,11 +78,19 @@ def broken():
 def killed():
     os.kill(os.getpid(), signal.SIGKILL)
 
+def late(words):
+    def failing(*_):
+        raise RuntimeError("the best network cannot be scored again")
+    train.finish = failing
+    train.main(words)
+
 def work(words):
     if words[0] == "gradients":
         gradients(words[1])
     elif words[0] in ("broken", "killed"):
         in_the_second_epoch_of_rank_1(globals()[words[0]], words[1:])
+    elif words[0] == "late":
+        late(words[1:])
     else:
         train.main(words)
 
@@ -381,6 +389,7 @@ def runs(tmp_path_factory):
     jobs["misspelt"] = (2, words_for(data[7], logs, "misspelt", "--los", "bce"))
     for name in ("broken", "killed"):
         jobs[name] = (2, [name, *words_for(data[7], logs, name, "-b", 3)])
+    jobs["late"] = (2, ["late", *words_for(data[7], logs, "late", "-b", 3), "-e", "1"])
     return folder, start(folder, jobs)
 
 
@@ -505,6 +514,12 @@ def test_an_error_of_one_process_ends_all_with_its_message(runs):
     assert "b6.png: broken in the middle of the run" in said(folder, "broken", 1, 2)
     assert said(folder, "broken", 0, 2) == ""
     assert len(read_rows(folder / "logs" / "broken")) == 1
+
+
+def test_an_error_after_the_last_epoch_is_not_put_on_those_that_are_done(runs):
+    folder, statuses = runs
+    assert statuses["late"] == [1, 1]
+    assert said(folder, "late", 0, 2).strip().endswith("error: the best network cannot be scored again")
 
 
 def test_a_killed_process_ends_all(runs):
