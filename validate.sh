@@ -10,7 +10,7 @@ DATASET_PATH="${DATASET_PATH:-${DATASET:-$root/data/sample}/val}" # split folder
 
 checkpoint=(-cd "$CHECK_DIR")
 for flag in "$@"; do
-    case "$flag" in -c | -cd | --check-*) checkpoint=() ;; esac
+    case "$flag" in -c | -cd | -check | -m | --check-* | --model | --model=*) checkpoint=() ;; esac
 done
 if [ -z "$CHECK_DIR" ] && [ ${#checkpoint[@]} -gt 0 ]; then
     newest=""

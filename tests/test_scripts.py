@@ -212,8 +212,9 @@ def test_validate_scores_the_newest_run(clone, tmp_path):
 
 
 def test_validate_takes_a_named_checkpoint(clone, tmp_path):
-    by_flag = run(clone / "validate.sh", "-c", "a.pth", cwd=tmp_path, DATASET_PATH="split")
-    assert by_flag.stdout.strip() == f"-d|split|-log|{clone}/logs|-c|a.pth"
+    for flag in ("-c", "-check", "-m", "--model", "--check-path"):
+        by_flag = run(clone / "validate.sh", flag, "a.pth", cwd=tmp_path, DATASET_PATH="split")
+        assert by_flag.stdout.strip() == f"-d|split|-log|{clone}/logs|{flag}|a.pth"
     by_variable = run(clone / "validate.sh", cwd=tmp_path, DATASET_PATH="split", CHECK_DIR="run")
     assert by_variable.stdout.strip() == f"-d|split|-log|{clone}/logs|-cd|run"
 
