@@ -5,6 +5,7 @@ import pickle
 import re
 import struct
 import warnings
+import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -283,6 +284,8 @@ def _refusal(error: BaseException) -> str:
 def list_checkpoints(folder: Path) -> list[Path]:
     """The best checkpoints (*.pth) of a run folder, or of the run folders inside it, the oldest first.
 
+    Encoder files of pretrain.py are left out, unless there is nothing else: then load_checkpoint says what they are.
+
     Raises:
         FileNotFoundError: no folder, or no *.pth in it.
     """
@@ -293,7 +296,18 @@ def list_checkpoints(folder: Path) -> list[Path]:
     found = sorted([*folder.glob("*.pth"), *folder.glob("*/*.pth")], key=lambda path: path.stat().st_mtime)
     if not found:
         raise FileNotFoundError(f"no *.pth in {folder} or in the folders inside it; train.py writes one for each run")
-    return found
+    return [path for path in found if not is_encoder_file(path)] or found
+
+
+def is_encoder_file(path: Path) -> bool:
+    """Whether pretrain.py wrote a file; its tensors are not read."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            content = archive.read(names[0]) if names else b""
+    except (OSError, zipfile.BadZipFile):
+        return False
+    return b"encoder_state_dict" in content and b"model_state_dict" not in content
 
 
 def find_checkpoint(folder: Path) -> Path:

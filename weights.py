@@ -76,6 +76,34 @@ def load_encoder_weights(model: nn.Module, source: str, *, in_channels: int) -> 
     return _report(f"encoder weights {path}", target, stored, matched, notes)
 
 
+def encoder_file_differences(source: str, config: Any) -> list[str]:
+    """How the images that an encoder file of pretrain.py was made from differ from those of a training.
+
+    Args:
+        source: as of load_encoder_weights; published weights and other files have no differences that are known.
+        config: ModelConfig of the training: its channels, dtype and preprocess are compared.
+
+    Returns:
+        Warnings to print.
+    """
+    path = Path(source).expanduser()
+    payload = _read_weights(path) if path.is_file() else {}
+    if "encoder_state_dict" not in payload or "method" not in payload:
+        return []
+    lines = []
+    for key, what in (("channels", "channels"), ("dtype", "pixel type"), ("preprocess", "preprocessing")):
+        words = [
+            ", ".join([value] if isinstance(value, str) else value)
+            for value in (payload.get(key, ""), getattr(config, key))
+        ]
+        if words[0] != words[1]:
+            lines.append(
+                f"{path} was pretrained on images with {what} {words[0] or 'none'}, these have {words[1] or 'none'}: "
+                "its weights may help less"
+            )
+    return lines
+
+
 def init_from(model: nn.Module, state_dict: Mapping[str, Any]) -> str:
     """Start a whole network from another one's weights; the head stays random where its shape differs.
 

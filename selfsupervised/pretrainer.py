@@ -295,9 +295,9 @@ def end_epoch(
 
 
 def epoch_line(row: dict[str, Any], epochs: int, saved: str) -> str:
-    """One line of text about an epoch: loss, what the method and the watch say, and what was saved."""
+    """One line of text about an epoch: loss, the method's first score, the watch, and what was saved."""
     parts = [f"epoch {row['epoch']}/{epochs}  lr {row['lr']:.2e}"]
-    parts += [f"{name} {value:.4f}" for name, value in row["train"].items()]
+    parts += [f"{name} {value:.4f}" for name, value in [*row["train"].items()][:2]]  # the loss stands first
     watch = row["watch"]
     parts.append(f"spread {watch['spread']:.2f} rank {watch['rank']:.1f}")
     if "feature_rank" in watch:
