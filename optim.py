@@ -22,7 +22,9 @@ OPTIMISERS = (
     "Rprop",
     "LARS",
 )
-FUSED = ("AdamW", "Adam", "SGD", "Adagrad")  # one kernel on a GPU instead of many
+# One kernel on a GPU instead of many. That of Adagrad is for processors alone in the older versions of PyTorch that are
+# allowed, which refuse it on GPUs.
+FUSED = ("AdamW", "Adam", "SGD")
 REFUSED = {
     "LBFGS": "it compares the loss of one batch at several points, and with dropout, batch normalisation and another "
     "batch at every step that loss is not one function",
