@@ -290,9 +290,10 @@ class ViewMaker:
         last = self.options.size - 1
         corners = np.array([[0, last, 0, last], [0, 0, last, last], [1, 1, 1, 1]])
         places = np.concatenate(list(matrices @ corners), axis=1)  # (2, 4 or 8) x, y
+        margin = 2 * max(1, math.ceil(max(map(_factor, matrices))))
         spans = []
         for row, length in ((places[1], size[0]), (places[0], size[1])):
-            low, high = math.floor(row.min()) - 2, math.ceil(row.max()) + 2
+            low, high = math.floor(row.min()) - margin, math.ceil(row.max()) + margin
             first = min(max(0, min(low, 2 * (length - 1) - high)), length - 1)
             spans.append((first, max(1, min(length, max(high, -low) + 1) - first)))
         (top, height), (left, width) = spans
@@ -312,8 +313,7 @@ class ViewMaker:
         top, left, height, width = self.needed(matrix[None], size)
         rows, columns = top - origin[0], left - origin[1]
         part = pixels[rows : rows + height, columns : columns + width]
-        factor = math.sqrt(abs(np.linalg.det(matrix[:, :2])))
-        offset = np.array([left, top], float)
+        factor, offset = _factor(matrix), np.array([left, top], float)
         scale = np.ones(2)
         if factor >= SHRUNK_FIRST:
             smaller = tuple(max(1, int(length / int(factor))) for length in (height, width))
@@ -332,6 +332,11 @@ class ViewMaker:
         return [
             values.local(view, unmasked, own)[0] for values, view, own in zip(self.changes, views, seeds, strict=True)
         ]
+
+
+def _factor(matrix: np.ndarray) -> float:
+    """Pixels of the image along a side of one pixel of a view."""
+    return math.sqrt(abs(float(np.linalg.det(matrix[:, :2]))))
 
 
 def _resampled(image: np.ndarray, matrix: np.ndarray, side: int) -> np.ndarray:
