@@ -317,6 +317,12 @@ def test_without_a_share_the_groups_are_those_of_earlier_runs():
     assert all("lr_scale" not in group for group in optimiser.param_groups)
 
 
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_one_kernel_is_asked_for_where_every_version_of_pytorch_has_it_on_gpus(name):
+    groups = build_optimiser(name, nn.Linear(2, 2), lr=0.1, weight_decay=0, momentum=0.9, fused=True).param_groups
+    assert [bool(group.get("fused")) for group in groups] == [name in ("AdamW", "Adam", "SGD")] * 2
+
+
 def test_sgd_has_momentum():
     (group,) = build_optimiser("SGD", nn.Linear(2, 2, bias=False), lr=0.1, weight_decay=0, momentum=0.8).param_groups
     assert group["momentum"] == 0.8 and group["nesterov"]
