@@ -82,7 +82,8 @@ class MomentumContrast(Method):
             if done == self.statistics_batches - 1:
                 self.teacher.hand_statistics(self.encoder, self.projector)
         else:
-            self.queue.add(gather_over(functional.normalize(in_full(self.teacher(images)), dim=1)))
+            for keys in functional.normalize(in_full(self.teacher(images)), dim=1).chunk(2):
+                self.queue.add(gather_over(keys))
         self.warmed += 1
 
     def after_step(self, done: float) -> None:
