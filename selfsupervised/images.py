@@ -32,7 +32,7 @@ from slide_windows import AS_STORED, SlideOptions, is_slide
 SUFFIXES = (*IMAGE_SUFFIXES, *SLIDE_SUFFIXES)
 SHOWN = 5  # unreadable files that a message names
 USUAL = 4  # deviations from the mean within which values are usual
-DRAWS = 8  # windows of an image with gaps that are tried until the middle of one holds data
+DRAWS = 20  # windows of an image with gaps that are tried until the middle of one holds data
 
 
 # ----------------------------------------------------------------------------------------------------------------------
