@@ -101,7 +101,9 @@ def add_optimisation_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--weight-decay", type=cli.not_negative, default=1e-4, metavar="X", help="decay of weights, not of biases"
     )
-    group.add_argument("--momentum", type=cli.share, default=0.9, metavar="X", help="momentum of SGD, Nesterov's")
+    group.add_argument(
+        "--momentum", type=cli.share, default=0.9, metavar="X", help="momentum of SGD, Nesterov's, and LARS"
+    )
     group.add_argument(
         "--encoder-lr-scale",
         type=cli.positive_float,
@@ -258,7 +260,7 @@ def idle_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> lis
         "-sc plateau": (args.scheduler == "plateau", ["plateau_factor", "plateau_patience", "plateau_cooldown"]),
         "-sc poly": (args.scheduler == "poly", ["poly_power"]),
         "-sc step": (args.scheduler == "step", ["step_every", "step_factor"]),
-        "--optim SGD": (args.optim == "SGD", ["momentum"]),
+        "--optim SGD or LARS": (args.optim in ("SGD", "LARS"), ["momentum"]),
         "--add-val-dirs DIR": (args.add_val_dirs, ["adv_freq"]),
     }
     lines = []

@@ -112,7 +112,8 @@ def idle(*words):
         (["--plateau-factor", 0.5, "--plateau-patience", 2], ["-sc", "ReduceLROnPlateau"], "without -sc plateau"),
         (["--poly-power", 2], ["-sc", "poly"], "without -sc poly nothing is done with --poly-power"),
         (["--step-every", 2], ["-sc", "step"], "without -sc step nothing is done with --step-every"),
-        (["--momentum", 0.5], ["--optim", "sgd"], "without --optim SGD nothing is done with --momentum"),
+        (["--momentum", 0.5], ["--optim", "sgd"], "without --optim SGD or LARS nothing is done with --momentum"),
+        (["--momentum", 0.5], ["--optim", "LARS"], "nothing is done with --momentum"),
         (["--adv-freq", 2], ["--add-val-dirs", "more"], "without --add-val-dirs DIR nothing is done with --adv-freq"),
     ],
 )
