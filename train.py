@@ -266,7 +266,7 @@ def dump_augmented(batches: Any, run_dir: Path, count: int) -> None:
 
     from augmented_sheets import write_sheets
 
-    batches.set_epoch(1)
+    batches.set_epoch(0)
     slots = [item[0] for item in itertools.islice(batches.sampler, count)]
     paths = write_sheets(run_dir / "augmented", batches.loader.dataset, slots)
     print(f"{len(paths)} sheets of {len(slots)} augmented samples in {run_dir / 'augmented'}")

@@ -9,7 +9,7 @@ from augmentations import LOCAL, PRESETS, Augmentation
 from augmented_sheets import DRAWS, write_sheets
 from checkpoint import Geometry, ModelConfig
 from classes import ClassMap
-from dataset import Slot, TrainingSet
+from dataset import EpochSampler, Slot, TrainingBatches, TrainingSet
 from image_io import read_image, write_image, write_mask
 from mixing import Mixing
 from pairing import Pair
@@ -87,6 +87,16 @@ def test_every_preset_has_steps_to_show(tmp_path, preset):
     steps = Augmentation(preset, rgb=True, value_range=(0, 255)).single_steps(3)
     assert bool(steps) == (preset != "none")
     assert all(name.isidentifier() for name, _ in steps)
+
+
+def test_the_samples_are_those_that_training_begins_with(tmp_path, monkeypatch):
+    seen, data = [], make_set(tmp_path, "hard")
+    monkeypatch.setattr("augmented_sheets.write_sheets", lambda folder, data, slots: seen.extend(slots) or [])
+    sampler = EpochSampler([(1,)] * 3, crops=2, quota=0.5, seed=4)
+    batches = TrainingBatches(data, sampler, batch=2, workers=0, pin=False)
+    train.dump_augmented(batches, tmp_path, 2)
+    batches.set_epoch(0)  # fit counts from 0
+    assert seen == [item[0] for item in sampler][:2]
 
 
 def test_training_writes_them_and_goes_on(tmp_path, tiny_dataset, capsys):
