@@ -12,6 +12,8 @@ from evaluation import build_scorer
 from image_io import IGNORE_INDEX
 from metrics import score_text
 
+LEFT_OUT = "baselines are left out: they are for one class, and there are several"
+
 
 def score_baselines(data: EvaluationSet, *, empty: str) -> dict[str, dict[str, Any]]:
     """Score what needs no network on the same images: all foreground, and Otsu's threshold of the grey picture.

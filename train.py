@@ -528,6 +528,8 @@ def finish(args: argparse.Namespace, run: Any, val_sets: dict[str, Any], learner
         print("baselines are left out: they need whole images, and there are slides")
     elif args.baselines and config.num_logits == 1:
         print(*baselines.baseline_lines(baselines.score_baselines(first, empty=args.empty)), sep="\n")
+    elif args.baselines:
+        print(baselines.LEFT_OUT)
     run.log_result(vars(args), {f"hparam/{key}": summary[key] for key in ("iou", "dice")})
     run.close()
     print(f"tensorboard --logdir {shlex.quote(str(args.log_dir))}")

@@ -273,6 +273,8 @@ def validate(
         print("slides: baselines are left out; objects and centre lines are scored on the other images alone")
     elif args.baselines and config.num_logits == 1:
         summary["baselines"] = baselines.score_baselines(data, empty=args.empty)
+    elif args.baselines:
+        print(baselines.LEFT_OUT)
     write_tables(outputs.folder, scorer, summary, args.decimal)
     if is_scored(summary):
         log_tensorboard(args, outputs.folder, summary, evaluation.worst_panels(result.worst, config, threshold))

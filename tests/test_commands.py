@@ -282,6 +282,14 @@ def test_best_threshold_of_the_checkpoint(trained, discs, tmp_path, capsys):
     assert summary["threshold"] == best and summary["iou"] == pytest.approx(summary["best"]["iou"])
 
 
+def test_baselines_of_several_classes_are_left_out_aloud(crops_run, colours, tmp_path, capsys):
+    run_validate("-d", colours / "val", "-cd", crops_run, "-o", tmp_path, "--baselines")
+    shutil.copytree(crops_run, tmp_path / "logs" / "run")
+    classes = ["--class-list", "10 20 30", "--crops", 2, "--image-size", 16, "--loss", "ce"]
+    run_train(colours, tmp_path / "logs", *classes, "--baselines")
+    assert capsys.readouterr().out.count("baselines are left out: they are for one class") == 2
+
+
 def test_best_threshold_of_several_classes_is_an_error(crops_run, colours, capsys):
     with pytest.raises(SystemExit) as stop:
         run_validate("-d", colours / "val", "-cd", crops_run, "-t", "best")
