@@ -48,7 +48,11 @@ class DenseBarlowTwins(Method):
         self.points, self.global_weight = options.points, options.global_weight
         self.projector = build_head(channels[-1], projector)
         width = options.local_projector[0]
-        self.laterals = nn.ModuleList(nn.Sequential(nn.LayerNorm(each), nn.Linear(each, width)) for each in channels)
+        # Weights and biases of the normalisation, and biases of the layer, would be undone or taken over by what follows.
+        self.laterals = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(each, elementwise_affine=False), nn.Linear(each, width, bias=False))
+            for each in channels
+        )
         self.local_projector = build_head(width, options.local_projector)
 
     def forward(self, view_a: Tensor, view_b: Tensor, places: Tensor) -> Step:

@@ -7,6 +7,7 @@ forks two processes that meet through a file in the folder and leave FOLDER/RANK
 
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -106,7 +107,8 @@ def normalise(rank=0, world=1, *, layer=GatheredBatchNorm):
 
 
 def in_two(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    limit = timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2, timeout=limit)
     result = {name: learn(name, rank, 2) for name in METHODS}
     result |= {f"{name} groups": learn(name, rank, 2, encoder="plain-8-gn", gathered=False) for name in METHODS}
     result |= {f"{name} alone": learn(name, rank, 2, gathered=False) for name in ("barlow", "moco")}
