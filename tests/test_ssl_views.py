@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy.ndimage import map_coordinates
 
+from benchmarks import views as benchmark
 from selfsupervised.views import VIEW_PRESETS, VIEWS, ViewMaker, ViewOptions, auto_views
 
 TOPS = {"uint8": 255, "uint16": 65535, "float32": 1.0}
@@ -318,3 +319,28 @@ def test_an_unknown_preset_is_refused_with_those_there_are():
 def test_the_preset_for_unknown_images():
     assert [auto_views(channels) for channels in (1, 3, 4, 5)] == ["multispectral", "natural", *["multispectral"] * 2]
     assert {auto_views(channels) for channels in range(1, 9)} <= set(VIEWS)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The benchmark
+
+
+def test_views_are_timed_beside_lightlys(capsys):
+    benchmark.main(["--only", "aerial", "multispectral", "--images", "2", "--size", "32", "--source", "64"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["preset", "format", "window", "slowest", "whole", "lightly", "ratio"]
+    rows = [line.split() for line in lines[2:]]
+    assert [row[:3] for row in rows] == [
+        [preset, *kind] for preset in ("aerial", "multispectral") for kind in (("uint8", "x3"), ("uint16", "x5"))
+    ]
+    assert all(float(number) > 0 for row in rows for number in row[3:6])
+    assert [row[6:] == ["-", "-"] for row in rows] == [False, True, False, True]
+
+
+def test_what_is_timed_are_whole_views():
+    picture = benchmark.draw(64, "uint16", 5, seed=0)
+    first, second, matrices = benchmark.ours("multispectral", picture, 32, 1.5)(0)
+    assert first.shape == second.shape == (5, 32, 32) and first.dtype == np.float32 and matrices.shape == (2, 2, 3)
+    assert benchmark.lightlys(picture, 32) is None
+    theirs = benchmark.lightlys(benchmark.draw(64, "uint8", 3, seed=0), 32)(0)
+    assert len(theirs) == 2 and theirs[0].shape == (3, 32, 32)
