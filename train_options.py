@@ -102,7 +102,7 @@ def add_optimisation_args(parser: argparse.ArgumentParser) -> None:
         "--weight-decay", type=cli.not_negative, default=1e-4, metavar="X", help="decay of weights, not of biases"
     )
     group.add_argument(
-        "--momentum", type=cli.share, default=0.9, metavar="X", help="momentum of SGD, Nesterov's, and LARS"
+        "--momentum", type=cli.share, default=0.9, metavar="X", help="momentum of SGD (Nesterov's) and LARS"
     )
     group.add_argument(
         "--encoder-lr-scale",
@@ -228,8 +228,9 @@ def check_flags(args: argparse.Namespace) -> None:
     if len(args.image_size) > 2:
         raise cli.UsageError(f"--image-size takes one number or two, found {len(args.image_size)}")
     for flag, factor in (("--plateau-factor", args.plateau_factor), ("--step-factor", args.step_factor)):
-        if factor >= 1:
-            raise cli.UsageError(f"{flag} {factor:g} does not lower anything; expected less than 1")
+        if not 0 < factor < 1:
+            does = "would end all learning" if factor == 0 else "does not lower anything"
+            raise cli.UsageError(f"{flag} {factor:g} {does}; expected more than 0 and less than 1")
     check_validation_flags(args)
     check_fold_flags(args)
     check_search_flags(args)

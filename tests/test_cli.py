@@ -144,6 +144,7 @@ def test_version_names_commit_and_libraries(capsys):
             ["--early-stop 3 would end the run between", "--early-stop 5 or more"],
         ),
         (["--plateau-factor", "1"], ["--plateau-factor 1", "less than 1"]),
+        (["--step-factor", "0"], ["--step-factor 0 would end all learning", "more than 0"]),
         (["--class-weights", "1", "two"], ["--class-weights '1 two'", "a number for each class, or auto"]),
         (["--class-weights", "auto", "--loss", "dice"], ["loss 'dice' does not use class weights", "0.5*ce+0.5*dice"]),
         (["--image-size", "1", "2", "3"], ["--image-size", "found 3"]),
@@ -461,4 +462,4 @@ def test_a_wrong_word_is_said_in_one_line_with_what_is_near(words, message, caps
         cli.parse(train.build_parser(), ["-d", "data", *words])
     text = capsys.readouterr().err
     assert stop.value.code == 2 and message in text
-    assert len(text.splitlines()) == 2 and text.endswith("--help lists all flags\n")
+    assert len(text.splitlines()) == 2 and text.endswith("(--help lists all flags)\n")
