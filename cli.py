@@ -46,7 +46,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Leave with status 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists all flags\n")
+        self.exit(2, f"{self.prog}: error: {message}\n(--help lists all flags)\n")
 
 
 class _VersionAction(argparse.Action):
