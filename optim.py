@@ -34,6 +34,8 @@ NOTES = {
     "Rprop": "Rprop takes -lr as the size of its first steps and then chooses them itself: schedule, warm-up and "
     "--weight-decay do nothing. It is made for batches of the whole training set",
     "LARS": "LARS steps by a thousandth of each layer's weights times -lr: rates of 0.1 to 5 suit it",
+    "ASGD": "ASGD keeps an average of the weights that PyTorch leaves in its state: what is scored and saved is what "
+    "it steps from. --ema 0.99 scores and saves an average",
     "Adadelta": "Adadelta chooses the size of its steps itself and multiplies it by -lr, which is 1 in the paper",
 }
 SCHEDULES = ("cosine", "plateau", "one-cycle", "poly", "step", "constant")

@@ -3,6 +3,7 @@
 import json
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -152,3 +153,15 @@ def test_flags_that_others_thwart_are_named(words, other, line, tmp_path):
     assert said.startswith("warning: ") and line in said
     assert idle(*words, *(start if word == "START" else word for word in other)) == []
     assert idle("--freeze-encoder", 1, "--encoder-weights", "imagenet"), "there are none for plain-unet"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("rprop", "warm-up"), ("LARS", "0.1 to 5"), ("asgd", "--ema 0.99 scores and saves an average"), ("adamw", "")],
+)
+def test_optimisers_say_what_they_make_of_the_flags(name, said, capsys):
+    args = parse("-m", "plain-unet", "--encoder", "plain-8", "--optim", name)
+    train.check_flags(args)
+    train.say_optimisation(SimpleNamespace(schedule=SimpleNamespace(limit=1)), args)
+    line = capsys.readouterr().out
+    assert said in line and line.startswith("warning: ") == bool(said)
