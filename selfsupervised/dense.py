@@ -48,7 +48,7 @@ class DenseBarlowTwins(Method):
         self.points, self.global_weight = options.points, options.global_weight
         self.projector = build_head(channels[-1], projector)
         width = options.local_projector[0]
-        # Weights and biases of the normalisation, and biases of the layer, would be undone or taken over by what follows.
+        # What follows would undo biases here and take over weights of the normalisation.
         self.laterals = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(each, elementwise_affine=False), nn.Linear(each, width, bias=False))
             for each in channels

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
+from benchmarks import pretrain_step
 from model import build_model
 from optim import build_optimiser
 from selfsupervised.barlow_twins import barlow_loss
@@ -584,3 +585,11 @@ def test_unknown_methods_are_refused_and_known_ones_keep_the_encoder():
     for name in METHODS:
         method = build_method(name, encoder, OPTIONS)
         assert isinstance(method, Method) and method.encoder is encoder
+
+
+def test_the_benchmark_compares_all_methods_with_lightly(capsys):
+    pretrain_step.main(["--cpu", "--encoder", "plain-8", "-b", "2", "--size", "16", "--turns", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "plain-8, 2 pairs of 16 px" in lines[0]
+    assert [line.split()[0] for line in lines[2:]] == ["lightly", "lightly,", *METHODS]
+    assert float(lines[2].split()[-1]) == 1 and all(float(line.split()[-1]) > 0 for line in lines[3:])
