@@ -1,5 +1,7 @@
 """Methods by name."""
 
+import math
+
 from torch import nn
 
 from model import image_channels
@@ -7,12 +9,13 @@ from selfsupervised.barlow_twins import BarlowTwins
 from selfsupervised.dense import DenseBarlowTwins
 from selfsupervised.encoders import feature_channels
 from selfsupervised.interface import METHODS, Method, MethodOptions
-from selfsupervised.moco import MomentumContrast
+from selfsupervised.moco import MomentumContrast, choose_queue
 from selfsupervised.moco_v3 import MomentumContrastV3
 
 # Widths of projectors, for encoders of the size of resnet18; moco's hidden layer is as wide as the features.
 DEFAULT_PROJECTORS = {"barlow": (1024, 1024, 1024), "dense": (1024, 1024, 1024), "mocov3": (1024, 256)}
 MOCO_WIDTH = 128
+LOUD, FEW = 0.5, 64  # from where hints speak of chance correlations, and up to which batch of few images
 
 
 def build_method(name: str, encoder: nn.Module, options: MethodOptions) -> Method:
@@ -34,6 +37,38 @@ def build_method(name: str, encoder: nn.Module, options: MethodOptions) -> Metho
     if name == "moco":
         return MomentumContrast(encoder, features, projector, options)
     return MomentumContrastV3(encoder, features, projector, options)
+
+
+def hints(name: str, options: MethodOptions, windows: int) -> list[str]:
+    """Sentences about settings that a method can work with, but badly.
+
+    Args:
+        windows: images of one epoch, crops counted.
+    """
+    found, units = [], (options.projector or DEFAULT_PROJECTORS.get(name, (0,)))[-1]
+    by_chance = options.lambda_ * (units - 1) / options.batch  # of the loss, to 1 for the diagonal: C_ij^2 is 1 / N
+    if name in ("barlow", "dense") and by_chance > LOUD:
+        found.append(
+            f"{units} units at -b {options.batch}: correlations by chance are {by_chance:.2g} times the diagonal in "
+            f"the loss. A larger -b, or a --projector that ends with {_quiet_units(options)} or less, learns more"
+        )
+    if name == "moco" and options.queue > choose_queue(windows, options.batch):
+        found.append(
+            f"--queue {options.queue} holds keys of most of the {windows} windows of an epoch, so an image is compared "
+            f"with its own older keys. --queue {choose_queue(windows, options.batch)} avoids it"
+        )
+    if name == "mocov3" and options.batch < FEW:
+        found.append(
+            f"-b {options.batch}: an image is told from {options.batch - 1} others only. A larger -b, or --method "
+            "moco, whose queue does not depend on the batch, learns more"
+        )
+    return found
+
+
+def _quiet_units(options: MethodOptions) -> int:
+    """The largest power of two of units whose chance correlations are not loud, 16 at least."""
+    most = LOUD * options.batch / max(options.lambda_, 1e-9)
+    return int(2 ** max(4, math.floor(math.log2(most))))
 
 
 def _check(name: str, options: MethodOptions) -> None:

@@ -20,7 +20,7 @@ from selfsupervised.barlow_twins import barlow_loss
 from selfsupervised.dense import DenseBarlowTwins, match_points, sample_maps
 from selfsupervised.encoders import EncoderError, build_encoder, feature_channels, feature_maps
 from selfsupervised.interface import METHODS, Method, MethodOptions
-from selfsupervised.methods import build_method
+from selfsupervised.methods import build_method, hints
 from selfsupervised.moco import KeyQueue, choose_queue, queue_loss
 from selfsupervised.moco_v3 import batch_loss, rising_momentum
 from selfsupervised.teacher import STATISTICS_BATCHES, Teacher
@@ -585,6 +585,25 @@ def test_unknown_methods_are_refused_and_known_ones_keep_the_encoder():
     for name in METHODS:
         method = build_method(name, encoder, OPTIONS)
         assert isinstance(method, Method) and method.encoder is encoder
+
+
+def test_hints_name_what_learns_badly_and_their_advice_is_taken():
+    assert not any(hints(name, MethodOptions(queue=1024), 5000) for name in METHODS)
+    (loud,) = hints("barlow", MethodOptions(projector=(512, 8192), batch=16), 5000)
+    assert "8192 units at -b 16" in loud and "2.6 times the diagonal" in loud and "ends with 1024" in loud
+    assert not hints("barlow", MethodOptions(projector=(512, 1024), batch=16), 5000)
+    (long,) = hints("moco", MethodOptions(queue=4096), 1000)
+    assert "--queue 4096 holds keys of most of the 1000 windows" in long and "--queue 448 avoids it" in long
+    assert not hints("moco", MethodOptions(queue=448), 1000)
+    (few,) = hints("mocov3", MethodOptions(batch=8), 5000)
+    assert "told from 7 others" in few
+
+
+def test_correlations_by_chance_are_what_the_hint_says():
+    torch.manual_seed(0)
+    z_a, z_b = torch.randn(2, 16, 400)
+    _, scores = barlow_loss(z_a, z_b, 0.005)
+    assert float(scores["off-diagonal energy"]) == pytest.approx(1 / 16, rel=0.15)
 
 
 def test_the_benchmark_compares_all_methods_with_lightly(capsys):
