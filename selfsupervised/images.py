@@ -139,6 +139,8 @@ def check_images(
         errors += [message for message in warnings if message.startswith("images differ in pixel types")]
     if errors:
         raise DatasetError("\n".join(errors))
+    if len(warnings) > SHOWN:
+        warnings = [*warnings[:SHOWN], f"... and {len(warnings) - SHOWN} more of such warnings"]
     return CheckedImages([item.pair for item in used], used, channel_names(used, ()), left_out, warnings, notes)
 
 
@@ -163,14 +165,18 @@ def _greys_as_rgb(facts: list[PairFacts]) -> tuple[list[PairFacts], list[str]]:
 def usual_range(statistics: Statistics) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Smallest and largest usual value of each channel, for ViewMaker: 0 and 255 for 8 bit.
 
-    Of other types one hot pixel decides how far the values of a whole data set reach; "20 % of the range" would then
-    drown everything. So the range ends at USUAL deviations from the mean.
+    Of other types one hot pixel, or one of -9999, decides how far the values of a whole data set reach; "20 % of the
+    range" would then drown everything. So the range ends at USUAL deviations from the mean. From 0 on it begins at 0.
     """
     low, high = statistics.value_range
     if set(low) == {0.0} and set(high) == {255.0}:
         return low, high
-    ends = [mean + USUAL * std for mean, std in zip(statistics.mean, statistics.std, strict=True)]
-    return low, tuple(min(most, end) if end > least else most for least, most, end in zip(low, high, ends, strict=True))
+    usual = [
+        (max(least, mean - USUAL * std) if least < 0 else least, min(most, mean + USUAL * std))
+        for least, most, mean, std in zip(low, high, statistics.mean, statistics.std, strict=True)
+    ]
+    ends = [end if end[0] < end[1] else pair for end, pair in zip(usual, zip(low, high, strict=True), strict=True)]
+    return tuple(least for least, _ in ends), tuple(most for _, most in ends)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -196,6 +196,16 @@ def test_grey_images_among_rgb_ones_are_rgb_of_equal_channels(tmp_path):
             assert (raw.amax(dim=0) - raw.amin(dim=0)).max() < 1e-3 or name != "grey"
 
 
+def test_many_constant_images_are_warned_about_shortly(tmp_path):
+    for number in range(9):
+        cv2.imwrite(str(tmp_path / f"{number}.png"), np.full((20, 20, 3), number, np.uint8))
+    found = check_images(find_images([tmp_path]))
+    assert len(found.pairs) == 9 and len(found.warnings) == 6
+    assert "0.png is constant: every pixel is 0" in found.warnings[0]
+    assert found.warnings[-1] == "... and 4 more of such warnings"
+    assert all(views.view_a.isfinite().all() for views in batches_of(build(found), batch=9))
+
+
 def test_grey_images_alone_stay_grey(tmp_path):
     found = check_images(find_images([write(tmp_path, channels=1)]))
     assert found.channels == ("grey",) and not found.rgb and not found.notes
@@ -234,6 +244,10 @@ def test_the_usual_range_is_not_decided_by_one_hot_pixel(tmp_path):
     given = load_or_compute_statistics(tmp_path, tmp_path, found.facts, ())
     low, high = usual_range(given)
     assert low == (0,) * 5 and all(1300 < end < 4000 for end in high)
+    write_image(tmp_path / "hot.tif", np.where(image == 65535, -9999, image / 1000 - 1).astype(np.float32))
+    found = check_images(find_images([tmp_path]))
+    low, high = usual_range(load_or_compute_statistics(tmp_path / "run", tmp_path / "run", found.facts, ()))
+    assert all(-400 < end < -0.5 for end in low) and all(0 < end < 1 for end in high)
     write(tmp_path / "eight")
     found = check_images(find_images([tmp_path / "eight"]))
     given = load_or_compute_statistics(tmp_path / "eight", tmp_path, found.facts, ())
