@@ -79,7 +79,10 @@ def _images_of(word: Path) -> list[Path]:
     ]
     if found:
         return found
-    inside = sorted({path.parent for path in folder.glob("*/images")} | {p.parent for p in folder.glob("*/*.*")})
+    inside = sorted(
+        {path.parent for path in folder.glob("*/images")}
+        | {path.parent for path in folder.glob("*/*.*") if path.suffix.lower() in SUFFIXES}
+    )
     hint = "png, jpg, tif, bmp, gif or webp files, or slides"
     if inside:
         listed = " ".join(map(str, inside[:SHOWN]))
