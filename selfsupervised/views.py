@@ -341,15 +341,12 @@ def _factor(matrix: np.ndarray) -> float:
 
 def _resampled(image: np.ndarray, matrix: np.ndarray, side: int) -> np.ndarray:
     """(side, side, C) of an image; of other than one, three or four channels OpenCV interpolates less finely."""
-    count, parts = image.shape[2], list[np.ndarray]()
-    while count:
-        step = 4 if count > 4 else 1 if count == 2 else count
-        first = image.shape[2] - count
-        part = np.ascontiguousarray(image[..., first : first + step])
-        flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-        parts.append(cv2.warpAffine(part, matrix, (side, side), flags=flags, borderMode=cv2.BORDER_REFLECT_101))
-        count -= step
-    return (parts[0] if len(parts) == 1 else cv2.merge(parts)).reshape(side, side, -1)
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    parts = [image] if image.shape[2] in (1, 3, 4) else cv2.split(image)
+    warped = [
+        cv2.warpAffine(part, matrix, (side, side), flags=flags, borderMode=cv2.BORDER_REFLECT_101) for part in parts
+    ]
+    return (warped[0] if len(warped) == 1 else cv2.merge(warped)).reshape(side, side, -1)
 
 
 def _matrix(middle: np.ndarray, linear: np.ndarray, side: int) -> np.ndarray:

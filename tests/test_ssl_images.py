@@ -133,6 +133,16 @@ def test_words_that_name_no_images_are_refused(tmp_path, make, parts):
     assert str(word) in str(caught.value) and all(part in str(caught.value) for part in parts), str(caught.value)
 
 
+def test_of_a_whole_data_set_its_parts_are_named(tmp_path):
+    for split in ("train", "val"):
+        write(tmp_path / split / "images", "a")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "read.me").write_text("")
+    with pytest.raises(DatasetError) as caught:
+        find_images([tmp_path])
+    assert str(caught.value).endswith(f"--images {tmp_path / 'train'} {tmp_path / 'val'}")
+
+
 def test_unreadable_files_are_left_out_listed_and_not_touched(tmp_path):
     write(tmp_path, "ab")
     broken = (tmp_path / "a.png").read_bytes()[:400]
