@@ -3,10 +3,10 @@
 Example:
     python -m benchmarks.views
 
-Milliseconds a view from a decoded picture to a normalised tensor: crop, resampling, changes of values, normalising.
-"window" cuts views from windows of 1.5 sides, the default of pretrain.py; "whole" from the whole picture, as lightly's
-transform does, which reads a PIL image of the same pixels. All three take turns on every picture, so they see the same
-load of the computer. lightly takes 8-bit RGB alone; a dash stands for the rest.
+Milliseconds of processor time a view, from a decoded picture to a normalised tensor: crop, resampling, changes of
+values, normalising. "window" cuts views from windows of 1.5 sides, the default of pretrain.py; "whole" from the whole
+picture, as lightly's transform does, which reads a PIL image of the same pixels. All three take turns on every picture,
+so they see the same load of the computer. lightly takes 8-bit RGB alone; a dash stands for the rest.
 lightly is no part of requirements.txt: pip install -r requirements-dev.txt.
 """
 
@@ -85,10 +85,10 @@ def time_views(preset: str, kind: str, channels: int, args: argparse.Namespace) 
         for place, way in enumerate(ways):
             if way is None:
                 continue
-            begin = time.perf_counter()
+            begin = time.process_time()
             way(seed)
             if seed >= SPARE:
-                found[place].append(500 * (time.perf_counter() - begin))  # two views
+                found[place].append(500 * (time.process_time() - begin))  # two views
     return found
 
 

@@ -348,6 +348,16 @@ def test_workers_give_the_batches_of_this_process(tmp_path, spawn):
     assert all(same(one, two) for one, two in zip(own, other, strict=True))
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="slow where processes are started anew")
+def test_workers_that_stay_give_every_epoch_its_own_batches(tmp_path):
+    data = load(write(tmp_path, "abcde"))
+    batches = ViewBatches(data, batch=4, crops=3, seed=0, workers=2)
+    for epoch in (1, 2, 1):
+        batches.set_epoch(epoch)
+        expected = batches_of(data, batch=4, crops=3, epoch=epoch)
+        assert all(same(one, other) for one, other in zip(batches, expected, strict=True))
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_processes_have_together_what_one_has(tmp_path, world):
     data = load(write(tmp_path, "abcde"))
