@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from selfsupervised.encoder_file import Description, mixed_batches, save_encoder, settle_statistics
 from selfsupervised.encoders import feature_maps
 from selfsupervised.run_log import RunLog
-from selfsupervised.watch import effective_rank
+from selfsupervised.watch import describe_features, effective_rank
 
 
 @dataclass
@@ -36,7 +36,8 @@ def take_look(encoder: nn.Module, look: Look, description: Description, run: Run
     look.encoder.load_state_dict(encoder.state_dict())
     settle_statistics(look.encoder, look.windows)
     save_encoder(run.encoder_path, look.encoder.state_dict(), description, epochs=row["epoch"])
-    row["watch"]["feature_rank"] = feature_rank(look.encoder, look.windows)
+    rank = feature_rank(look.encoder, look.windows)
+    row["watch"]["feature_rank"], row["warning"] = rank, describe_features(rank, len(look.windows))
     generator = torch.get_rng_state()
     for probe in look.probes:
         row["probe"] = {**row.get("probe", {}), **probe(look.encoder)}

@@ -289,6 +289,8 @@ def end_epoch(
     state = learner.network.state_dict()
     write_content(run.last_path, {"pretraining": description.plain(), "model_state_dict": state, **learner.state()})
     report(epoch_line(row, options.epochs, run.encoder_path.name))
+    if row.get("warning"):
+        report(f"warning: {row['warning']}")
     warning = check_collapse(run.history, allowed=allow_collapse)
     if warning:
         report(f"warning: {warning}")

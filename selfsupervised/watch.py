@@ -87,6 +87,16 @@ def is_collapsed(values: Mapping[str, float], samples: int) -> bool:
     return values["spread"] < SPREAD_LIMIT or (samples >= FEW and values["rank"] < RANK_LIMIT)
 
 
+def describe_features(rank: float, windows: int) -> str:
+    """A warning when an encoder's features of so many windows are all the same, or on one line; else nothing."""
+    if windows < FEW or rank >= RANK_LIMIT:
+        return ""
+    return (
+        f"the encoder's features of all windows are the same or on one line (effective rank {rank:.1f} of {windows} "
+        "windows): the images may all be alike, or too small a part of them is seen (--image-size, --window)"
+    )
+
+
 def check_collapse(history: Sequence[Mapping[str, Any]], *, allowed: bool) -> str:
     """Look at the last epochs of a run.
 
