@@ -23,6 +23,7 @@ from selfsupervised.heads import build_head, pool
 from selfsupervised.interface import Method, MethodOptions, Step
 
 STRIDE = 4  # finer maps are brought to it by averaging
+TRIED = 4  # places looked at for each that is used: the overlap of turned views does not fill its box
 PLASTIC = 1.324717957244746  # root of x^3 = x + 1, which the R2 sequence is built on
 
 
@@ -99,10 +100,12 @@ def match_points(places: Tensor, size: Sequence[int], count: int) -> tuple[Tenso
     corners = torch.stack((low, torch.stack((high[0], low[1])), high, torch.stack((low[0], high[1]))))
     seen = _move(corners.expand(len(places), 4, 2), to_a)  # view b's corners in view a
     begin, end = seen.amin(1).maximum(low), seen.amax(1).minimum(high)  # (N, 2)
-    points_a = begin[:, None] + _spread(count, matrices) * (end - begin)[:, None]
+    points_a = begin[:, None] + _spread(TRIED * count, matrices) * (end - begin)[:, None]
     points_b = _move(points_a, to_b)
     inside = ((points_b >= low) & (points_b <= high)).all(2) & (end > begin).all(1)[:, None]
-    return points_a, points_b, inside
+    first = (~inside).byte().argsort(dim=1, stable=True)[:, :count]  # those inside, in their order, then others
+    chosen = first[..., None].expand(-1, -1, 2)
+    return points_a.gather(1, chosen), points_b.gather(1, chosen), inside.gather(1, first)
 
 
 def _move(points: Tensor, matrices: Tensor) -> Tensor:
