@@ -225,6 +225,61 @@ def sample_panel(
     return _compose([(name, frame.finish(tile)) for name, tile in tiles], legend, title)
 
 
+def picture_row(tiles: Sequence[tuple[str, np.ndarray]], title: str) -> np.ndarray:
+    """Set pictures of one size side by side, each below its caption.
+
+    Args:
+        tiles: caption and picture (H, W) or (H, W, C), any type and range; see to_display.
+        title: one line above them, any letters.
+
+    Returns:
+        (H', W', 3) uint8 RGB; each picture is at most 700 pixels long, small ones are enlarged.
+
+    Raises:
+        ValueError: there are none, or their sizes differ.
+    """
+    sizes = {picture.shape[:2] for _, picture in tiles}
+    if len(sizes) != 1:
+        raise ValueError(f"{len(tiles)} pictures have the sizes {sorted(sizes)}: expected one size")
+    frame = _Frame(*sizes.pop())
+    shown = [(caption, frame.finish(to_display(frame.fit(picture)))) for caption, picture in tiles]
+    return _compose(shown, [], title)
+
+
+def comparison_row(
+    image: np.ndarray, mask: np.ndarray, preds: Mapping[str, np.ndarray], class_names: Sequence[str], title: str
+) -> np.ndarray:
+    """Set an image beside what several networks make of it: what they hit, what they miss, false alarms.
+
+    Args:
+        image: (H, W) or (H, W, C), any type and range.
+        mask: (H, W) class indices with 255 ignored.
+        preds: (H, W) class indices by captions.
+        class_names: one name per class index.
+        title: one line above the pictures, any letters.
+
+    Returns:
+        (H', W', 3) uint8 RGB; each picture is at most 700 pixels long.
+
+    Raises:
+        ValueError: the sizes differ.
+    """
+    for name, values in (("mask", mask), *preds.items()):
+        if values.shape != image.shape[:2]:
+            raise ValueError(f"{name} is {values.shape} but the image is {image.shape[:2]}: expected equal sizes")
+    binary = len(class_names) == 2 and class_colours(class_names)[0] is None
+    frame = _Frame(image.shape[0], image.shape[1])
+    shown, mask = to_display(frame.fit(image)), frame.fit(mask).astype(np.uint8)
+    tiles = [("image", shown)]
+    for caption, pred in preds.items():
+        drawn = _paint_difference(shown, mask, frame.fit(pred).astype(np.uint8), binary, frame.line)
+        tiles.append((caption, drawn))
+    legend = [*(DIFFERENCE if binary else [("wrong", WRONG)])]
+    if (mask == IGNORE_INDEX).any():
+        legend.append(("ignored", GREY))
+    return _compose([(caption, frame.finish(tile)) for caption, tile in tiles], legend, title)
+
+
 class _Frame:
     """How an image of any size becomes a shown picture: thinned or enlarged, drawn on, then shrunk smoothly."""
 
