@@ -42,6 +42,11 @@ class Data:
     digest: str
     slides: Any
 
+    @property
+    def dtype(self) -> str:
+        """Type of the pixels."""
+        return str(self.found.facts[0].layers[0].dtype)
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check the images, pretrain, say where the encoder is."""
@@ -227,6 +232,8 @@ def build_method(args: argparse.Namespace, channels: int, windows: int, *, fresh
         raise cli.UsageError(str(error)) from error
     if args.accumulate > 1 and not method.accumulates:
         raise cli.UsageError(f"--accumulate {args.accumulate}: {method.why_not}")
+    for message in methods.hints(args.method, options.method_options(args, windows), windows):
+        print(f"warning: {message}")
     learned = model.count_parameters(encoder) / 1e6, model.count_parameters(method) / 1e6
     print(f"{args.method}: {args.encoder} of {learned[0]:.2f} M parameters, {learned[1]:.2f} M with all of the method")
     return method
@@ -246,7 +253,7 @@ def describe(args: argparse.Namespace, data: Data, chosen: Any) -> Any:
         mean=tuple(data.statistics.mean),
         std=tuple(data.statistics.std),
         preprocess=tuple(args.preprocess),
-        dtype=data.found.facts[0].layers[0].dtype,
+        dtype=data.dtype,
         image_size=args.image_size,
         images=len(data.found.pairs),
         digest=data.digest,
@@ -290,18 +297,44 @@ def build_look(args: argparse.Namespace, data: Data, channels: int, device: str)
     windows, names = plain_windows(args, data)
     encoder = build_encoder(args, channels).to(device)
     return Look(
-        encoder, windows, names, every=args.probe_every, probes=build_probes(args, data), pictures=build_pictures()
+        encoder, windows, names, every=args.probe_every, probes=build_probes(args, data), pictures=build_pictures(data)
     )
 
 
 def build_probes(args: argparse.Namespace, data: Data) -> list[Any]:
     """The probe of --probe, as a function of the encoder."""
-    return []
+    if not args.probe:
+        return []
+    from classes import ClassOptions
+    from selfsupervised.probe import Probe, ProbeOptions
+
+    probe = Probe(
+        ProbeOptions(
+            root=args.probe,
+            channels=tuple(data.found.channels),
+            mean=tuple(data.statistics.mean),
+            std=tuple(data.statistics.std),
+            preprocess=tuple(args.preprocess),
+            dtype=data.dtype,
+            side=args.image_size,
+            classes=ClassOptions(args.class_list, tuple(args.class_names or ()), args.ignore_label),
+            head=args.probe_head,
+            slides=data.slides,
+            tissue=args.tissue,
+            seed=args.seed,
+        )
+    )
+    for message in probe.warnings:
+        print(f"warning: --probe: {message}")
+    print(f"probe: {'; '.join(probe.notes)}")
+    return [probe.score]
 
 
-def build_pictures() -> list[Any]:
+def build_pictures(data: Data) -> list[Any]:
     """What draws pictures for TensorBoard, as functions of the encoder, windows and names."""
-    return []
+    from selfsupervised.pictures import FeaturePictures
+
+    return [FeaturePictures(data.statistics.mean, data.statistics.std, dtype=data.dtype)]
 
 
 def open_log(run_dir: Path, epoch: int, record: dict[str, Any]) -> Any:
