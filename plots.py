@@ -229,7 +229,7 @@ def picture_row(tiles: Sequence[tuple[str, np.ndarray]], title: str) -> np.ndarr
     """Set pictures of one size side by side, each below its caption.
 
     Args:
-        tiles: caption and picture (H, W) or (H, W, C), any type and range; see to_display.
+        tiles: caption and picture (H, W, 3) uint8, as to_display returns it; it is shown as it is.
         title: one line above them, any letters.
 
     Returns:
@@ -242,7 +242,7 @@ def picture_row(tiles: Sequence[tuple[str, np.ndarray]], title: str) -> np.ndarr
     if len(sizes) != 1:
         raise ValueError(f"{len(tiles)} pictures have the sizes {sorted(sizes)}: expected one size")
     frame = _Frame(*sizes.pop())
-    shown = [(caption, frame.finish(to_display(frame.fit(picture)))) for caption, picture in tiles]
+    shown = [(caption, frame.finish(frame.fit(picture))) for caption, picture in tiles]
     return _compose(shown, [], title)
 
 
@@ -341,7 +341,7 @@ def _compose(tiles: Sequence[tuple[str, np.ndarray]], legend: Sequence[tuple[str
     pen.text((GAP, 18), _shorten(title, _font(18), width - 2 * GAP), INK, _font(18), anchor="lm")
     for k, (caption, tile) in enumerate(tiles):
         left = GAP + k * (column + GAP)
-        pen.text((left, 46), caption, INK, _font(14), anchor="lm")
+        pen.text((left, 46), _shorten(caption, _font(14), column), INK, _font(14), anchor="lm")
         page.paste(Image.fromarray(tile), (left, top))
     for (name, colour), (x, y) in zip(legend, places, strict=True):
         y += top + height + GAP

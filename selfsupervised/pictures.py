@@ -13,15 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from plots import picture_row, to_display
+from model import BUILD_ERRORS
+from plots import display_limits, picture_row, to_display
 from selfsupervised.encoders import feature_maps
 
 STRIDE = 4  # of the finest features that are shown
+BORDER = 32  # pixels of reflection around an image
 ROWS = 1024  # places that the components are computed from
 BATCH = 8
 SHOWN, QUERIES, NEIGHBOURS = 6, 4, 5
+FAINT = 0.2
 TAIL = 0.02  # share of the values at each end that the colours leave out
 GREY = 127
+CAPTION = "the first three principal components of the features of each, as red, green and blue"
 ALIKE = 1e-6  # of the largest deviation: components below it are noise of rounding
 
 
@@ -35,7 +39,7 @@ class FeaturePictures:
     def __init__(self, mean: Sequence[float], std: Sequence[float], *, dtype: str = "uint8") -> None:
         self.mean, self.std = (torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (mean, std))
         self.dtype = np.dtype(dtype)
-        self.before: np.ndarray | None = None  # components that were shown last
+        self.before: dict[int, np.ndarray] = {}  # components that were shown last
 
     def __call__(self, encoder: nn.Module, windows: Tensor, names: Sequence[str]) -> dict[str, list[np.ndarray]]:
         """Pictures by tag.
@@ -46,41 +50,36 @@ class FeaturePictures:
             names: of the images that the windows are from.
         """
         chosen = spread_out(names, SHOWN)
-        shown = [self.displayed(windows[place]) for place in chosen]
-        components = principal_components(dense_features(encoder, windows[chosen]))
-        components = align(components, brightness(shown, components.shape[1:3]), self.before)
-        self.before = components
-        colours = [enlarge(picture, shown[0].shape[:2]) for picture in to_colours(components)]
-        tops = [(names[place], picture) for place, picture in zip(chosen, shown, strict=True)]
-        sheet = stack_rows(
-            picture_row(tops, "windows"),
-            picture_row([(names[place], c) for place, c in zip(chosen, colours, strict=True)], CAPTION),
-        )
-        pictures = {"Dense features": [sheet]}
+        shown = self.displayed(windows)
+        tops = [(names[place], shown[place]) for place in chosen]
+        below = []
+        for place in chosen:
+            components = principal_components(dense_features(encoder, windows[place]))
+            components = align(
+                components, brightness(shown[place], (len(components), components.shape[1])), self.before.get(place)
+            )
+            self.before[place] = components
+            below.append((names[place], enlarge(to_colours(components), windows.shape[-2:])))
+        pictures = {"Dense features": [stack_rows(picture_row(tops, "windows"), picture_row(below, CAPTION))]}
         if len(windows) > 1:
-            pictures["Nearest neighbours"] = [self.neighbours(encoder, windows, names)]
+            pictures["Nearest neighbours"] = [neighbours(similarities(encoder, windows), shown, names)]
         return pictures
 
-    def displayed(self, window: Tensor) -> np.ndarray:
-        """A window (C, S, S) in raw units, as RGB (S, S, 3) uint8."""
-        values = (window.cpu() * self.std + self.mean).permute(1, 2, 0).numpy()
+    def displayed(self, windows: Tensor) -> list[np.ndarray]:
+        """Windows (n, C, S, S) in raw units, as RGB (S, S, 3) uint8.
+
+        Each is stretched by itself, dark ones no further than to FAINT of what all of them need together: a window
+        without anything in it stays dark, and does not show its noise.
+        """
+        values = (windows.cpu() * self.std + self.mean).permute(0, 2, 3, 1).numpy()
         if self.dtype.kind == "u":
             values = np.clip(values.round(), 0, np.iinfo(self.dtype).max).astype(self.dtype)
-        return to_display(values)
-
-    def neighbours(self, encoder: nn.Module, windows: Tensor, names: Sequence[str]) -> np.ndarray:
-        """A sheet: some windows, each beside those of other images that are most alike to the encoder."""
-        alike = similarities(encoder, windows)
-        queries, rows = spread_out(names, QUERIES), []
-        for query in queries:
-            found = nearest(alike[query], query, names, NEIGHBOURS)
-            tiles = [(names[query], self.displayed(windows[query]))]
-            tiles += [(f"{alike[query, place]:.2f}  {names[place]}", self.displayed(windows[place])) for place in found]
-            rows.append(picture_row(tiles, "a window, and the nearest of other images with their cosine similarities"))
-        return stack_rows(*rows)
-
-
-CAPTION = "the first three principal components of their features, as red, green and blue"
+        low, high = display_limits(values.reshape(len(values), -1, values.shape[-1]))
+        shown = []
+        for window in values:
+            least, most = display_limits(window)
+            shown.append(to_display(window, (least, max(most, least + FAINT * (high - low)))))
+        return shown
 
 
 def spread_out(names: Sequence[str], count: int) -> list[int]:
@@ -104,48 +103,63 @@ def stack_rows(*rows: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def dense_features(encoder: nn.Module, images: Tensor) -> Tensor:
-    """Features of images (n, C, H, W) at all strides from STRIDE on, enlarged to the finest of these: (n, D, h, w).
+def dense_features(encoder: nn.Module, image: Tensor) -> Tensor:
+    """Features of an image (C, H, W) at all strides from STRIDE on, enlarged to the finest of these: (D, h, w).
 
-    Each scale is divided by its own deviation, so that a wide one does not drown the others.
+    Each scale is divided by its own deviation, so that a wide one does not drown the others. Around the image its
+    reflection is shown to the encoder, which would answer to a black border; one of a single size sees it as it is.
     """
-    device, parts = next(encoder.parameters()).device, []
-    for batch in images.split(BATCH):
-        maps = [values.float().cpu() for values in feature_maps(encoder, batch.to(device))]
-        coarse = [values for values in maps if values.shape[-1] * STRIDE <= images.shape[-1]] or maps[-1:]
-        size = max((values.shape[-2:] for values in coarse), key=lambda shape: shape[0] * shape[1])
-        parts.append([functional.interpolate(values, size, mode="bilinear", align_corners=False) for values in coarse])
-    scales = [torch.cat(values) for values in zip(*parts, strict=True)]
-    return torch.cat([values / values.std().clamp(min=1e-6) for values in scales], dim=1)
+    device, size = next(encoder.parameters()).device, image.shape[1:]
+    mode = "reflect" if min(size) > BORDER else "replicate"
+    try:
+        maps = feature_maps(encoder, functional.pad(image[None], (BORDER,) * 4, mode=mode).to(device))
+        maps = [_without_border(values, size) for values in maps]
+    except BUILD_ERRORS:
+        maps = feature_maps(encoder, image[None].to(device))
+    maps = [values.float().cpu() for values in maps]
+    coarse = [values for values in maps if values.shape[-1] * STRIDE <= size[1]] or maps[-1:]
+    finest = max((values.shape[-2:] for values in coarse), key=lambda shape: shape[0] * shape[1])
+    brought = [functional.interpolate(values, finest, mode="bilinear", align_corners=False)[0] for values in coarse]
+    return torch.cat([values / values.std().clamp(min=1e-6) for values in brought])
+
+
+def _without_border(values: Tensor, size: Sequence[int]) -> Tensor:
+    """The part (1, C, h, w) of the features of a bordered image that belongs to the image of `size` (H, W)."""
+    cuts = []
+    for length, side in zip(values.shape[-2:], size, strict=True):
+        inside = max(1, round(length * side / (side + 2 * BORDER)))
+        first = (length - inside) // 2
+        cuts.append(slice(first, first + inside))
+    return values[..., cuts[0], cuts[1]]
 
 
 def principal_components(features: Tensor) -> np.ndarray:
-    """The first three principal components of features (n, D, h, w) at all places: (n, h, w, 3) float32.
+    """The first three principal components of features (D, h, w) over their places: (h, w, 3) float32.
 
     By falling variance, in units of the first one's deviation; those that do not vary, and that fewer than three
     features do not have, are 0. Their signs mean nothing, see align.
     """
-    count, depth, height, width = features.shape
-    places = torch.nan_to_num(features).permute(0, 2, 3, 1).reshape(-1, depth).double()
+    depth, height, width = features.shape
+    places = torch.nan_to_num(features).double().flatten(1).T
     places = places - places.mean(dim=0)
     some = places[:: max(1, -(-len(places) // ROWS))]
     axes = torch.linalg.svd(some, full_matrices=False).Vh[:3]  # (up to 3, D)
-    found = places @ axes.T
-    deviations = found.std(dim=0, correction=0)
+    deviations = (some @ axes.T).square().mean(dim=0).sqrt()
     largest = float(deviations.max())
-    values = np.zeros((len(places), 3), np.float32)
-    if largest > 0:
-        kept = [place for place, deviation in enumerate(deviations.tolist()) if deviation > ALIKE * largest]
-        values[:, : len(kept)] = (found[:, kept] / largest).numpy()
-    return values.reshape(count, height, width, 3)
+    values = np.zeros((height, width, 3), np.float32)
+    if largest > ALIKE * float(features.nan_to_num().abs().max()):
+        kept = axes[deviations > ALIKE * largest]
+        found = places @ kept.T / largest
+        values[..., : len(kept)] = found.reshape(height, width, -1).numpy()
+    return values
 
 
 def align(components: np.ndarray, bright: np.ndarray, before: np.ndarray | None) -> np.ndarray:
-    """Components with signs, and an order, that last time's colours go on with.
+    """Components with signs, and in an order, that go on with the colours of last time.
 
     Args:
-        components: (n, h, w, 3). bright: (n, h, w), how bright the images are there. before: components of the same
-            places that were shown last; None, or of another size: each sign is chosen so that bright places are high.
+        components: (h, w, 3). bright: (h, w), how bright the image is there. before: components of the same places that
+            were shown last; None, or of another size: each sign is chosen so that bright places are high.
     """
     flat = components.reshape(-1, 3)
     if before is None or before.shape != components.shape:
@@ -168,21 +182,21 @@ def _correlation(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def to_colours(components: np.ndarray) -> np.ndarray:
-    """Components (n, h, w, 3) as red, green and blue, uint8; each uses the whole range, a constant one is grey."""
-    low, high = np.quantile(components, (TAIL, 1 - TAIL), axis=(0, 1, 2))
+    """Components (h, w, 3) as red, green and blue, uint8; each uses the whole range, a constant one is grey."""
+    low, high = np.quantile(components, (TAIL, 1 - TAIL), axis=(0, 1))
     varies = high > low
     scale = np.where(varies, 255 / np.where(varies, high - low, 1), 0)
     colours = np.clip((components - low) * scale, 0, 255)
     return np.where(varies, colours, GREY).round().astype(np.uint8)
 
 
-def brightness(pictures: Sequence[np.ndarray], size: tuple[int, int]) -> np.ndarray:
-    """How bright pictures (H, W, 3) are, as (n, h, w)."""
-    grey = torch.from_numpy(np.stack(pictures)).float().mean(dim=3)[:, None]
-    return functional.adaptive_avg_pool2d(grey, size)[:, 0].numpy()
+def brightness(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """How bright a picture (H, W, 3) is, as (h, w)."""
+    grey = torch.tensor(picture).float().mean(dim=2)[None, None]
+    return functional.adaptive_avg_pool2d(grey, size)[0, 0].numpy()
 
 
-def enlarge(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def enlarge(picture: np.ndarray, size: Sequence[int]) -> np.ndarray:
     """A picture (h, w, 3) at a larger size, its pixels as squares."""
     rows = np.arange(size[0]) * picture.shape[0] // size[0]
     columns = np.arange(size[1]) * picture.shape[1] // size[1]
@@ -211,3 +225,18 @@ def nearest(alike: np.ndarray, query: int, names: Sequence[str], count: int) -> 
     order = [place for place in np.argsort(-alike, kind="stable").tolist() if place != query]
     others = [place for place in order if names[place] != names[query]]
     return (others or order)[:count]
+
+
+def neighbours(alike: np.ndarray, shown: Sequence[np.ndarray], names: Sequence[str]) -> np.ndarray:
+    """A sheet: some windows, each beside those of other images that are most alike to the encoder.
+
+    Args:
+        alike: similarities (n, n). shown: the windows as RGB. names: of their images.
+    """
+    rows = []
+    for query in spread_out(names, QUERIES):
+        found = nearest(alike[query], query, names, NEIGHBOURS)
+        tiles = [("the window", shown[query])]
+        tiles += [(f"{alike[query, place]:.2f}  {names[place]}", shown[place]) for place in found]
+        rows.append(picture_row(tiles, f"nearest to a window of {names[query]}, by cosine similarity"))
+    return stack_rows(*rows)
