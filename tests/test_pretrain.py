@@ -35,7 +35,8 @@ import torch, torch._dynamo, torch.utils.tensorboard
 torch.set_num_threads(1)
 import pretrain, selfsupervised.images, selfsupervised.methods
 from selfsupervised import pretrainer, run_log
-run_log.pretraining_curves = lambda *_: None  # a third of the time of such short runs
+run_log.pretraining_curves = lambda *_: None  # with pictures half of the time of such short runs
+pretrain.build_pictures = lambda _: []
 
 def die_at(name, call):
     function, calls = getattr(pretrainer, name), []
@@ -109,10 +110,11 @@ def images(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def no_curves(request, monkeypatch):
-    """They take a third of the time of such short runs."""
+def no_pictures(request, monkeypatch):
+    """They take half of the time of such short runs."""
     if request.node.name != "test_what_a_run_leaves_behind":
         monkeypatch.setattr(run_log, "pretraining_curves", lambda *_: None)
+        monkeypatch.setattr(pretrain, "build_pictures", lambda _: [])
 
 
 def words_for(images, logs, name, *more):
@@ -301,6 +303,7 @@ def test_what_a_run_leaves_behind(images, tmp_path, capsys):
     tags = set(events.Tags()["scalars"])
     assert {"Loss/pretraining", "Learning rate", "Embeddings/effective rank", "Time/seconds an epoch"} <= tags
     assert "Embeddings/spread (1 healthy, 0 collapsed)" in tags and "Encoder features/effective rank" in tags
+    assert {"Dense features/1", "Nearest neighbours/1"} <= set(events.Tags()["images"])
     assert [event.step for event in events.Scalars("Loss/pretraining")] == [1, 2, 3]
     assert [event.step for event in events.Scalars("Encoder features/effective rank")] == [2, 3]
 
@@ -324,6 +327,20 @@ def test_train_takes_the_encoder_and_validate_refuses_it(images, tmp_path, capsy
         train.main([str(word) for word in [*words, "--exp-name", "run"]])
     assert "--exp-name of its own" in capsys.readouterr().err
     assert load(file)["method"] == "barlow"
+
+
+def test_a_probe_is_scored_on_the_way_and_changes_nothing(images, tmp_path, capsys):
+    data = write_dataset(tmp_path / "data", train=4, val=2)
+    words = words_for(images, tmp_path, "probed", "--probe", data, "--class-list", "255", "-e", "2")
+    pretrain.main([*words, "--probe-every", "1"])
+    assert "probe: linear head" in capsys.readouterr().out
+    rows, run = read_rows(tmp_path / "probed"), tmp_path / "probed"
+    assert all(0 <= value <= 1 for row in rows for value in row["probe"].values()) and len(rows) == 2
+    tags = EventAccumulator(str(run)).Reload().Tags()["scalars"]
+    assert {f"Probe/{name}" for name in rows[0]["probe"]} <= set(tags)
+    pretrain.main(words_for(images, tmp_path, "alone", "-e", "2"))
+    assert_same(load(run / "last_checkpoint"), load(tmp_path / "alone" / "last_checkpoint"))
+    refused(capsys, [*words, "-e", "3", "--probe", "nowhere"], "--probe", "nowhere")
 
 
 @pytest.mark.parametrize("more", [["--amp", "bf16"], ["--clip", "0.1"], ["--optim", "LARS", "-lr", "0.5"]])
