@@ -2,6 +2,7 @@
 
 All take turns on the same batch in memory, so the views are out. lightly's is built as its documentation shows: one
 view after the other through encoder and projection head, then its loss. The other methods stand below for comparison.
+On a CPU ratios are of processor time, which other programs change less than the wall's.
 
 Example:
     python -m benchmarks.pretrain_step --turns 5
@@ -9,14 +10,15 @@ Example:
 
 import argparse
 import copy
+import gc
 import statistics
+import time
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 import cli
-from benchmarks.train_step import seconds
 from optim import build_optimiser
 from selfsupervised.encoders import build_encoder, feature_channels
 from selfsupervised.heads import pooled_features
@@ -88,6 +90,17 @@ def make_steps(args: argparse.Namespace, device: str) -> dict[str, Callable[[], 
     return steps
 
 
+def time_step(step: Callable[[], None], device: str) -> tuple[float, float]:
+    """Seconds of a step: of the wall, the device's queue included, and of the processor (a GPU's: of the wall)."""
+    gc.collect()
+    begin, busy = time.perf_counter(), time.process_time()
+    step()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    wall = time.perf_counter() - begin
+    return wall, time.process_time() - busy if device == "cpu" else wall
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse and measure."""
     parser = build_parser()
@@ -102,19 +115,22 @@ def measure(args: argparse.Namespace, device: str) -> None:
     steps = make_steps(args, device)
     for step in steps.values():
         step()
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    wall: dict[str, list[float]] = {name: [] for name in steps}
+    used: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(args.turns):
         for name, step in steps.items():
-            times[name].append(seconds(step, device))
+            for seconds, kept in zip(time_step(step, device), (wall, used), strict=True):
+                kept[name].append(seconds)
     print(
         f"{args.encoder}, {args.batch} pairs of {args.size} px, projector {UNITS}-{UNITS}-{UNITS}, {device}, "
         f"{torch.get_num_threads()} threads, {args.turns} turns"
     )
-    print(f"{'a step':<28}{'median':>10}{'fastest':>10}{'to lightly':>12}")
-    for name, values in times.items():
-        ratio = statistics.median(own / base for own, base in zip(values, times["lightly"], strict=True))
+    print(f"{'a step':<28}{'wall':>10}{'processor':>12}{'to lightly':>12}")
+    for name in steps:
+        ratio = statistics.median(own / base for own, base in zip(used[name], used["lightly"], strict=True))
         title = f"{name} (Barlow Twins)" if name == "lightly" else name
-        print(f"{title:<28}{1000 * statistics.median(values):>7.0f} ms{1000 * min(values):>7.0f} ms{ratio:>12.2f}")
+        medians = (1000 * statistics.median(values[name]) for values in (wall, used))
+        print(f"{title:<28}{next(medians):>7.0f} ms{next(medians):>9.0f} ms{ratio:>12.2f}")
 
 
 if __name__ == "__main__":
