@@ -17,7 +17,7 @@ from run_folder import CURVES_EVERY, read_history, remove_leftovers, shrink_pane
 WATCHED = {
     "spread": "Embeddings/spread (1 healthy, 0 collapsed)",
     "rank": "Embeddings/effective rank",
-    "energy": "Embeddings/off-diagonal energy",
+    "energy": "Embeddings/off-diagonal energy of one view",
     "feature_rank": "Encoder features/effective rank",
 }
 
