@@ -1,0 +1,433 @@
+"""How many labels pretraining saves: train.py on a few labelled images, from random and from pretrained encoders.
+
+Encoders are pretrained on the unlabelled images of nuclei/train, bubbles and froth by `pretrain.py`, each method for as
+many steps. Then `train.py` learns from 4 and from 10 labelled images of nuclei/train and is scored on nuclei/val at
+several points of the run: IoU at the threshold 0.5, from counts. The comparison is paired: for each subset every start
+has the same images, seed, batches and number of steps. Each start has a learning rate of its own, the best of the same
+few on one more subset. "settled" are random weights whose normalisation has the statistics of the unlabelled images.
+
+The defaults are for two cores. A plain-unet of plain-16 at 96 pixels takes 0.18 s for a step of 8 crops on one of them,
+and 1.1 s to pretrain with 64 pairs; a U-Net of resnet18 0.45 and 3.0 s, of resnet10t 0.35 and 2.0 s, which leaves too
+few steps of either for an hour and a half. The whole is done in parts, by --jobs processes; what was killed goes on.
+
+Example:
+    python -m benchmarks.label_efficiency --data data --out logs/label_efficiency
+"""
+
+import argparse
+import json
+import shutil
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cli
+from benchmarks.paired import draw_subset, format_rows, summarise
+from benchmarks.part_queue import Commands, Part, Results, run_parts
+from image_io import write_text
+
+METHODS = ("barlow", "moco", "mocov3", "dense")
+RANDOM, SETTLED = "random", "settled"
+TUNING = 1000  # seed of the subset that rates are chosen on
+SHARED = ("jobs", "threads", "data", "out", "settings")  # flags that change no result
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Flags of this benchmark."""
+    parser = cli.make_parser("Training on few labels from random and from pretrained encoders, paired.")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="holds nuclei/, bubbles/ and froth/")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where parts, runs and results are kept")
+    parser.add_argument("-m", "--model", default="plain-unet", metavar="NAME", help="architecture")
+    parser.add_argument("--encoder", default="plain-16", metavar="NAME", help="encoder")
+    parser.add_argument("--image-size", type=cli.positive_int, default=96, metavar="S", help="side of crops and views")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=["barlow", "moco", "dense"], help="how encoders are pretrained"
+    )
+    parser.add_argument("--views", default="microscopy", metavar="PRESET", help="views of pretrain.py")
+    parser.add_argument(
+        "--pretrain-steps", type=cli.positive_int, default=700, metavar="N", help="steps of each method"
+    )
+    parser.add_argument(
+        "--pretrain-batch", type=cli.positive_int, default=64, metavar="N", help="pairs in each of them"
+    )
+    parser.add_argument("--pretrain-flags", default="", metavar="TEXT", help="more flags of pretrain.py, in one text")
+    parser.add_argument("--steps", type=cli.positive_int, default=240, metavar="N", help="steps of each training")
+    parser.add_argument("--batch", type=cli.positive_int, default=8, metavar="N", help="crops in a step")
+    parser.add_argument("--points", type=cli.positive_int, default=6, metavar="N", help="scorings of a training")
+    parser.add_argument(
+        "--subsets", type=subset_plan, nargs="+", default=[(4, 3), (10, 6)], metavar="L:N", help="N subsets of L images"
+    )
+    parser.add_argument(
+        "--rates", type=cli.positive_float, nargs="+", default=[1e-3, 3e-3, 1e-2], metavar="X", help="rates to try"
+    )
+    parser.add_argument("--augmentation", default="medium", metavar="PRESET", help="preset of train.py")
+    parser.add_argument("--jobs", type=cli.positive_int, default=2, metavar="N", help="processes at a time")
+    parser.add_argument("--threads", type=cli.positive_int, default=1, metavar="N", help="threads of each")
+    return parser
+
+
+def subset_plan(text: str) -> tuple[int, int]:
+    """Argparse type: labels and subsets with a colon between."""
+    words = text.split(":")
+    if len(words) != 2 or not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected labels and subsets, such as 10:6")
+    return int(words[0]), int(words[1])
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all parts know.
+
+    images: words for --images. count: how many images these are. kinds: names of the labelled images that are dark and
+    bright.
+    """
+
+    args: argparse.Namespace
+    commands: Commands
+    images: list[Path]
+    count: int
+    kinds: dict[str, list[str]]
+
+    @property
+    def out(self) -> Path:
+        """Where everything is kept."""
+        return Path(self.args.out)
+
+    @property
+    def starts(self) -> list[str]:
+        """Names of the rows of the table."""
+        return [RANDOM, SETTLED, *self.args.methods]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, do what is left to do, print the table."""
+    parser = build_parser()
+    args = cli.parse(parser, argv)
+    again = "the same command goes on with the parts that are left"
+    with cli.plain_errors(parser, interrupted=again):
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        args.data, args.out = args.data.resolve(), args.out.resolve()
+        check_settings(args)
+        bench = prepare(args)
+        stop = bench.commands.stop
+        results = run_parts(plan(bench), args.out / "parts", jobs=args.jobs, report=say, stop=stop)
+        text = describe(bench, results)
+        write_text(args.out / "table.md", text + "\n")
+        say(text)
+        for path in draw_pictures(bench, results):
+            say(str(path))
+
+
+def say(text: str) -> None:
+    """Print at once, also into a file."""
+    print(text, flush=True)
+
+
+def check_settings(args: argparse.Namespace) -> None:
+    """Keep the flags that decide results beside them.
+
+    Raises:
+        ValueError: the folder holds results of other flags.
+    """
+    flags = {key: value for key, value in vars(args).items() if key not in SHARED}
+    path, now = args.out / "settings.json", json.loads(json.dumps(flags))
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = [key for key in now if before.get(key) != now[key]]
+        if changed:
+            raise ValueError(
+                f"{args.out} holds results with {changed[0]} {before.get(changed[0])}, now it is {now[changed[0]]}; "
+                "expected the same flags. Give another --out, or these flags"
+            )
+    write_text(path, json.dumps(now, indent=1) + "\n")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def prepare(args: argparse.Namespace) -> Bench:
+    """Copy the labelled set, with the statistics of all unlabelled images, and make the random encoders.
+
+    Every training and every pretraining then normalises images in the same way.
+    """
+    from normalisation import image_mean, statistics
+    from pairing import FileOptions, find_training
+    from scan import scan_pairs
+    from selfsupervised.images import check_images, find_images
+
+    images = [args.data / "nuclei" / "train", args.data / "bubbles", args.data / "froth"]
+    found = check_images(find_images(images))
+    copied = args.out / "data"
+    for split in ("train", "val"):
+        if not (copied / split).is_dir():
+            shutil.copytree(args.data / "nuclei" / split, copied / f"{split}.part", dirs_exist_ok=True)
+            (copied / f"{split}.part").rename(copied / split)
+    mean, std = statistics(found.facts)
+    order = [2, 1, 0] if len(mean) == 3 else range(len(mean))
+    lines = [" ".join(f"{row[place]:.9g}" for place in order) for row in (mean, std)]
+    write_text(copied / "mean_vals.txt", "\n".join(lines) + "\n")
+    names = [path.stem for path in sorted((copied / "val" / "images").iterdir())]
+    write_text(args.out / "subsets" / "val.csv", "\n".join(["id", *names]) + "\n")
+    kinds: dict[str, list[str]] = {"dark": [], "bright": []}
+    for item in scan_pairs(find_training(copied, FileOptions()).pairs):
+        dark = sum(image_mean(item)) / len(image_mean(item)) < 128
+        kinds["dark" if dark else "bright"].append(item.pair.name)
+    bench = Bench(args, Commands(args.threads), images, len(found.pairs), kinds)
+    for seed in range(max(number for _, number in args.subsets)):
+        settle(bench, seed, found, mean.tolist(), std.tolist())
+    return bench
+
+
+def settle(bench: Bench, seed: int, found: Any, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Write the encoder that train.py begins with at this seed, with statistics of the unlabelled images."""
+    import numpy as np
+    import torch
+
+    from dataset import Slot
+    from model import build_model
+    from selfsupervised.encoder_file import Description, save_encoder, settle_statistics
+    from selfsupervised.images import UnlabelledSet
+    from selfsupervised.views import ViewMaker, ViewOptions
+
+    args, path = bench.args, encoder_path(bench, SETTLED, seed)
+    if path.is_file():
+        return
+    torch.manual_seed(seed)
+    encoder: Any = build_model(args.model, args.encoder, in_channels=len(mean), num_logits=1).encoder
+    limits = [0.0] * len(mean), [255.0] * len(mean)
+    maker = ViewMaker("none", ViewOptions(args.image_size), rgb=found.rgb, value_range=limits)
+    views = UnlabelledSet(found.pairs, maker, found.channels, mean, std)
+    windows = np.stack([views[(Slot(place, place),)][0][1] for place in range(len(views))])
+    settle_statistics(encoder, torch.from_numpy(windows))
+    description = Description(
+        method="none",
+        encoder=args.encoder,
+        channels=tuple(found.channels),
+        mean=tuple(mean),
+        std=tuple(std),
+        preprocess=(),
+        dtype=found.facts[0].layers[0].dtype,
+        image_size=args.image_size,
+        images=len(found.pairs),
+        digest="",
+    )
+    save_encoder(path, encoder.state_dict(), description, epochs=0)
+
+
+def encoder_path(bench: Bench, start: str, seed: int) -> Path:
+    """The encoder file of a start; random ones have one for each seed."""
+    name = f"settled_{seed}" if start == SETTLED else f"pretrain_{start}"
+    return bench.out / "logs" / name / f"{name}.pth"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Parts
+
+
+def plan(bench: Bench) -> list[Part]:
+    """All parts; what others wait for comes first."""
+    args = bench.args
+    parts = [Part(f"pretrain_{method}", partial(pretrain, bench, method)) for method in args.methods]
+    for start in (RANDOM, *args.methods):
+        needs: tuple[str, ...] = () if start == RANDOM else (f"pretrain_{start}",)
+        for rate in args.rates:
+            labels = max(labels for labels, _ in args.subsets)
+            work = partial(train, bench, f"tune_{start}_{rate:g}", start, labels, TUNING, rate)
+            parts.append(Part(f"tune_{start}_{rate:g}", work, needs))
+    for labels, number in args.subsets:
+        for seed in range(number):
+            for start in bench.starts:
+                name, tuned = f"train_{start}_{labels}_{seed}", RANDOM if start == SETTLED else start
+                needs = tuple(f"tune_{tuned}_{rate:g}" for rate in args.rates)
+                parts.append(Part(name, partial(train_tuned, bench, name, start, labels, seed), needs))
+    return parts
+
+
+def pretrain(bench: Bench, method: str, _: Results) -> dict[str, Any]:
+    """Pretrain an encoder by pretrain.py; what it took."""
+    args, name = bench.args, f"pretrain_{method}"
+    crops = max(8, -(-args.pretrain_batch // bench.count))
+    each = bench.count * crops // args.pretrain_batch  # steps of an epoch
+    epochs = -(-args.pretrain_steps // each)
+    words = ["pretrain.py", "--images", *map(str, bench.images), "--method", method, "--encoder", args.encoder]
+    words += ["--image-size", str(args.image_size), "--views", args.views, "--crops", str(crops), "-e", str(epochs)]
+    words += ["-b", str(args.pretrain_batch), "--probe-every", str(max(1, epochs // 4)), "-w", "0", "--cpu"]
+    words += ["--seed", "0", "-log", str(bench.out / "logs"), "--exp-name", name, *args.pretrain_flags.split()]
+    bench.commands.run(words, bench.out / "output" / f"{name}.txt")
+    rows = read_rows(bench, name)
+    seconds = sum(row["seconds"] for row in rows)
+    last = {"loss": rows[-1]["train"]["loss"], **rows[-1]["watch"]}
+    return {"steps": each * epochs, "seconds": seconds, "images": bench.count, "epochs": epochs, **last}
+
+
+def read_rows(bench: Bench, name: str) -> list[dict[str, Any]]:
+    """What a run wrote down after each epoch."""
+    path = bench.out / "logs" / name / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def train_tuned(bench: Bench, name: str, start: str, labels: int, seed: int, results: Results) -> dict[str, Any]:
+    """Train with the rate that was best for this start."""
+    return train(bench, name, start, labels, seed, best_rate(bench, start, results), results)
+
+
+def best_rate(bench: Bench, start: str, results: Results) -> float:
+    """The rate with the highest final score on the subset for tuning; settled weights have that of random ones."""
+    tuned = RANDOM if start == SETTLED else start
+    return float(max(bench.args.rates, key=lambda rate: results[f"tune_{tuned}_{rate:g}"]["final"]))
+
+
+def train(bench: Bench, name: str, start: str, labels: int, seed: int, rate: float, _: Results) -> dict[str, Any]:
+    """Train by train.py on a subset; scores on the validation split at each point of the run."""
+    args, logs = bench.args, bench.out / "logs"
+    ids = bench.out / "subsets" / f"{labels}_{seed}.csv"
+    write_text(ids, "\n".join(["id", *draw_subset(bench.kinds, labels, seed)]) + "\n")
+    crops = max(1, round(args.steps * args.batch / (args.points * labels)))
+    each = -(-crops * labels // args.batch)  # steps of an epoch
+    weights = "none" if start == RANDOM else str(encoder_path(bench, start, seed))
+    words = ["train.py", "-d", str(bench.out / "data"), "--ids", str(ids)]
+    words += ["--val-ids", str(bench.out / "subsets" / "val.csv"), "--class-list", "nonzero"]
+    words += ["-m", args.model, "--encoder", args.encoder, "--encoder-weights", weights, "-lr", f"{rate:g}"]
+    words += ["--image-size", str(args.image_size), "--crops", str(crops), "-a", args.augmentation]
+    words += ["-b", str(args.batch), "-e", str(args.points), "--warmup", "0.5", "--loss", "0.5*bce+0.5*dice"]
+    words += ["-w", "0", "--cpu", "--seed", str(seed), "-log", str(logs), "--exp-name", name]
+    bench.commands.run(words, bench.out / "output" / f"{name}.txt")
+    rows = read_rows(bench, name)
+    scores = [next(iter(row["val"].values()))["iou"] or 0.0 for row in rows]
+    curve = [[each * row["epoch"], score] for row, score in zip(rows, scores, strict=True)]
+    return {"curve": curve, "final": scores[-1], "rate": rate, "seconds": sum(row["seconds"] for row in rows)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Results
+
+
+def describe(bench: Bench, results: Results) -> str:
+    """What was done and what came out, as Markdown; also written as results.json."""
+    args = bench.args
+    rates = {start: best_rate(bench, start, results) for start in bench.starts}
+    lines = [
+        f"{args.model} {args.encoder}, {args.image_size} pixels, batch {args.batch}, {bench.count} unlabelled images"
+    ]
+    for method in args.methods:
+        done = results[f"pretrain_{method}"]
+        lines.append(
+            f"{method}: {done['steps']} steps of {args.pretrain_batch} pairs, {done['seconds']:.0f} s on "
+            f"{args.threads} core; effective rank of features {done['feature_rank']:.1f}"
+        )
+    tables: dict[str, Any] = {}
+    for labels, number in args.subsets:
+        runs = {start: [results[f"train_{start}_{labels}_{seed}"] for seed in range(number)] for start in bench.starts}
+        tables[str(labels)] = rows = summarise(runs, RANDOM)
+        steps = int(runs[RANDOM][0]["curve"][-1][0])
+        lines += [
+            "",
+            f"{labels} labelled images, {number} subsets, {steps} steps; IoU in points, mean ± deviation:",
+            "",
+        ]
+        lines.append(format_rows(rows, rates, steps))
+    tuned = {key: value["final"] for key, value in results.items() if key.startswith("tune_")}
+    content = {"rates": rates, "tuning": tuned, "tables": tables}
+    write_text(bench.out / "results.json", json.dumps(content, indent=1) + "\n")
+    return "\n".join(lines)
+
+
+def draw_pictures(bench: Bench, results: Results) -> list[Path]:
+    """Draw what encoders see in bubbles and froth, and what the trained networks make of validation images."""
+    from image_io import write_image
+
+    folder = bench.out / "pictures"
+    folder.mkdir(exist_ok=True)
+    pictures = {**feature_rows(bench), **prediction_rows(bench)}
+    for name, picture in pictures.items():
+        write_image(folder / f"{name}.png", picture)
+    return [folder / f"{name}.png" for name in pictures]
+
+
+TITLES = {RANDOM: "from scratch", SETTLED: "random", "barlow": "Barlow Twins", "moco": "MoCo", "mocov3": "MoCo v3"}
+LARGEST = 512  # side of the middle of an image that features are drawn of
+
+
+def feature_rows(bench: Bench) -> dict[str, Any]:
+    """For an image of bubbles and of froth: the principal components of each encoder's features."""
+    import torch
+
+    from dataset import load_image
+    from image_io import normalise
+    from normalisation import read_statistics
+    from plots import picture_row, to_display
+    from selfsupervised import pictures as draw
+    from selfsupervised.encoders import build_encoder
+    from selfsupervised.images import find_images
+
+    mean, std, _ = read_statistics(bench.out / "data" / "mean_vals.txt")
+    rows = {}
+    for folder in bench.images[1:]:
+        pair = find_images([folder])[0]
+        image = load_image(pair, (), ())[0]
+        image = image.repeat(len(mean), axis=2) if image.shape[2] == 1 else image
+        top, left = (max(0, (side - LARGEST) // 2) for side in image.shape[:2])
+        image = image[top : top + LARGEST, left : left + LARGEST]
+        image = image[: image.shape[0] // 32 * 32, : image.shape[1] // 32 * 32]
+        tensor, tiles = (
+            torch.from_numpy(normalise(image, mean[::-1].tolist(), std[::-1].tolist())),
+            [("image", to_display(image))],
+        )
+        for start in bench.starts[1:]:
+            encoder = build_encoder(bench.args.encoder, len(mean)).eval()
+            saved = torch.load(encoder_path(bench, start, 0), weights_only=True)
+            encoder.load_state_dict(saved["encoder_state_dict"])
+            components = draw.principal_components(draw.dense_features(encoder, tensor))
+            size = (len(components), components.shape[1])
+            colours = draw.to_colours(draw.align(components, draw.brightness(tiles[0][1], size), None))
+            tiles.append((TITLES.get(start, start), draw.enlarge(colours, image.shape[:2])))
+        rows[f"features_{folder.name}"] = picture_row(tiles, "principal components of dense features")
+    return rows
+
+
+def prediction_rows(bench: Bench) -> dict[str, Any]:
+    """For a dark and a bright validation image: errors of the networks that learned from the first subset."""
+    import numpy as np
+
+    from backends import load_network, torch_forward
+    from classes import ClassMap
+    from dataset import EvaluationSet, load_image
+    from evaluation import Prediction, predict_samples
+    from outputs import decide
+    from pairing import list_pairs
+    from plots import comparison_row
+
+    labels = max(labels for labels, _ in bench.args.subsets)
+    pairs = list_pairs(bench.out / "data" / "val").pairs
+    images = [load_image(pair, (), ())[0] for pair in pairs]
+    bright = np.array([image.mean() for image in images])
+    places = {"dark": int(np.argsort(bright)[len(bright) // 2]), "bright": int(bright.argmax())}
+    preds: dict[str, dict[str, Any]] = {kind: {} for kind in places}
+    masks = {}
+    for start in [RANDOM, *bench.args.methods]:
+        name = f"train_{start}_{labels}_0"
+        config, network = load_network(bench.out / "logs" / name / f"{name}.pth")
+        data = EvaluationSet([pairs[place] for place in places.values()], ClassMap.from_config(config), config)
+        found = predict_samples(torch_forward(network, "cpu"), data, workers=0)
+        for kind, prediction in zip(places, found, strict=True):
+            assert isinstance(prediction, Prediction) and prediction.mask is not None, "labelled images, no slides"
+            pred, mask = decide(prediction.probs), prediction.mask
+            iou = np.logical_and(pred == 1, mask == 1).sum() / max(1, np.logical_or(pred == 1, mask == 1).sum())
+            preds[kind][f"{TITLES.get(start, start)}, IoU {iou:.2f}"] = pred
+            masks[kind] = mask
+    title = f"trained on {labels} images"
+    return {
+        f"predictions_{kind}": comparison_row(
+            images[place], masks[kind], preds[kind], ("background", "object"), f"{pairs[place].name}, {title}"
+        )
+        for kind, place in places.items()
+    }
+
+
+if __name__ == "__main__":
+    main()
