@@ -74,7 +74,7 @@ def check_command(args: argparse.Namespace, device: str, processes: Any) -> argp
 
 def default_name(args: argparse.Namespace) -> str:
     """Name of a run that was given none; the same command finds the same run again."""
-    folder = args.images[0].resolve()
+    folder = Path(args.images[0]).resolve()
     words = [folder.stem]
     while words[0] in ("images", "train") and folder.parent != folder:
         folder = folder.parent
@@ -104,7 +104,7 @@ def prepare_data(args: argparse.Namespace, run_dir: Path) -> Data:
     from slide_windows import SlideOptions
     from tables import format_csv
 
-    pairs = find_images(args.images)
+    pairs = find_images(options.image_words(args))
     slides, said = choose_tissue(pairs, SlideOptions(args.mpp or 0.0, args.reduce or 1.0), args.tissue)
     found = check_images(pairs, steps=args.preprocess, slides=slides, progress=True)
     if found.left_out:
@@ -130,7 +130,7 @@ def build_views(args: argparse.Namespace, data: Data, preset: str) -> Any:
     from selfsupervised.images import UnlabelledSet, usual_range
     from selfsupervised.views import ViewMaker, ViewOptions
 
-    shape = ViewOptions(args.image_size, args.window, args.views_from)
+    shape = ViewOptions(options.side(args), args.window, args.views_from)
     maker = ViewMaker(preset, shape, rgb=data.found.rgb, value_range=usual_range(data.statistics))
     mean, std = data.statistics.mean, data.statistics.std
     return UnlabelledSet(
@@ -155,7 +155,9 @@ def build_batches(args: argparse.Namespace, data: Data, device: str, processes: 
         world=processes.world,
     )
     pairs = len(data.found.pairs) * args.crops
-    print(f"views: {preset}, {args.image_size} pixels; {pairs} pairs an epoch, {len(batches)} batches of {args.batch}")
+    print(
+        f"views: {preset}, {options.side(args)} pixels; {pairs} pairs an epoch, {len(batches)} batches of {args.batch}"
+    )
     return batches
 
 
@@ -186,10 +188,10 @@ def build_encoder(args: argparse.Namespace, channels: int) -> Any:
     encoder = random_encoder(args.encoder, channels)
     try:
         with torch.no_grad():
-            feature_maps(encoder.eval(), torch.zeros(1, channels, args.image_size, args.image_size))
+            feature_maps(encoder.eval(), torch.zeros(1, channels, options.side(args), options.side(args)))
     except BUILD_ERRORS as error:
         raise cli.UsageError(
-            f"--image-size {args.image_size}: {args.encoder} does not take it ({shorten_error(error)}); expected a "
+            f"--image-size {options.side(args)}: {args.encoder} does not take it ({shorten_error(error)}); expected a "
             "multiple of 32, or the one size that a vision transformer was made for, such as 224"
         ) from error
     return encoder.train()
@@ -254,7 +256,7 @@ def describe(args: argparse.Namespace, data: Data, chosen: Any) -> Any:
         std=tuple(data.statistics.std),
         preprocess=tuple(args.preprocess),
         dtype=data.dtype,
-        image_size=args.image_size,
+        image_size=options.side(args),
         images=len(data.found.pairs),
         digest=data.digest,
         sizes=sizes,
@@ -274,7 +276,7 @@ def pretrain(
     look = build_look(args, data, channels, device) if processes.first else None
     description = describe(args, data, options.method_options(args, windows))
     fit = options.fit_options(args)
-    steps, shape = -(-len(batches) // args.accumulate), (channels, args.image_size, args.image_size)
+    steps, shape = -(-len(batches) // args.accumulate), (channels, options.side(args), options.side(args))
     learner = pretrainer.build_pretrainer(method, fit, device=device, steps=steps, shape=shape, processes=processes)
     if pretrainer.resume(learner, run_dir / "last_checkpoint", description):
         print(f"going on in {run_dir} after epoch {learner.progress.epoch}")
@@ -316,7 +318,7 @@ def build_probes(args: argparse.Namespace, data: Data) -> list[Any]:
             std=tuple(data.statistics.std),
             preprocess=tuple(args.preprocess),
             dtype=data.dtype,
-            side=args.image_size,
+            side=options.side(args),
             classes=ClassOptions(args.class_list, tuple(args.class_names or ()), args.ignore_label),
             head=args.probe_head,
             slides=data.slides,

@@ -1,6 +1,7 @@
 """Flags of pretrain.py: declared, checked, and as the modules take them."""
 
 import argparse
+import glob
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import cli
 METHODS = ("barlow", "moco", "mocov3", "dense")  # of selfsupervised.interface, which takes seconds to import
 VIEWS = ("natural", "microscopy", "histology", "aerial", "multispectral")
 BASE_BATCH = 256  # that -lr is for
-RATES = {"AdamW": 1e-3, "LARS": 0.2, "SGD": 0.03}  # for BASE_BATCH: of MoCo v3 and others, Barlow Twins, MoCo
+# For BASE_BATCH: 1e-3 at 64, found on small networks; Barlow Twins; MoCo
+RATES = {"AdamW": 4e-3, "LARS": 0.2, "SGD": 0.03}
 DECAYS = {"AdamW": 1e-4, "LARS": 1e-6, "SGD": 1e-4}
 
 
@@ -18,20 +20,21 @@ def add_image_args(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("images")
     group.add_argument(
         "--images",
-        type=Path,
         nargs="+",
         required=True,
         metavar="DIR",
-        help="folders of images or slides, or files; of a folder that holds images/ that one is meant, never gt/",
+        help="folders of images or slides, files or globs; of a folder that holds images/ that one is meant, never gt/",
     )
     group.add_argument(
         "--preprocess", nargs="+", choices=("clahe", "denoise", "stretch"), default=[], help="steps before statistics"
     )
     cli.add_slide_args(parser)
     group = parser.add_argument_group("views")
-    group.add_argument("--image-size", type=cli.positive_int, default=128, metavar="S", help="side of a view")
     group.add_argument(
-        "--crops", type=cli.positive_int, default=4, metavar="N", help="pairs of views from each image in an epoch"
+        "--image-size", type=cli.positive_int, nargs="+", default=[128], metavar="S", help="side of a view, one number"
+    )
+    group.add_argument(
+        "--crops", type=cli.natural, default=4, metavar="N", help="pairs of views from each image in an epoch"
     )
     group.add_argument(
         "--window",
@@ -116,7 +119,12 @@ def add_optimisation_args(parser: argparse.ArgumentParser) -> None:
         help=f"highest rate for a batch of {BASE_BATCH}, scaled by the batch of all processes; default: "
         + ", ".join(f"{rate:g} for {name}" for name, rate in RATES.items()),
     )
-    group.add_argument("--optim", choices=tuple(RATES), default="AdamW", help="optimiser")
+    group.add_argument(
+        "--optim",
+        default="AdamW",
+        metavar="NAME",
+        help="AdamW, LARS, SGD, or another of train.py with an -lr of its own",
+    )
     group.add_argument(
         "--weight-decay",
         type=cli.not_negative,
@@ -182,11 +190,16 @@ def check_flags(args: argparse.Namespace) -> None:
     """
     from model import resolve_encoder
     from networks.plain_unet import PLAIN_WIDTHS
+    from optim import resolve_optimiser
     from selfsupervised.views import ViewOptions
     from train_options import weights_file
 
     if args.reduce and args.reduce < 1:
         raise cli.UsageError(f"--reduce {args.reduce:g} would enlarge the images; expected 1 or more")
+    if len(args.image_size) > 1:
+        raise cli.UsageError(f"--image-size {' '.join(map(str, args.image_size))}: views are square; give one number")
+    if not args.crops:
+        raise cli.UsageError("--crops 0 leaves no views; expected 1 or more")
     path = weights_file(args)
     if path and not path.is_file():
         raise cli.UsageError(f"--encoder-weights {path}: no such file")
@@ -196,12 +209,29 @@ def check_flags(args: argparse.Namespace) -> None:
             raise cli.UsageError(f"{flag} says what the labels of --probe mean; give --probe DIR too, or leave it out")
     try:
         args.encoder = resolve_encoder(args.encoder, "plain-unet" if args.encoder.strip() in PLAIN_WIDTHS else "unet")
-        ViewOptions(args.image_size, args.window, args.views_from)
+        ViewOptions(side(args), args.window, args.views_from)
+        args.optim = resolve_optimiser(args.optim)
     except ValueError as error:
         raise cli.UsageError(str(error)) from error
+    if args.lr is None and args.optim not in RATES:
+        raise cli.UsageError(f"--optim {args.optim} has no rate of its own here; give -lr for a batch of {BASE_BATCH}")
     args.lr = RATES[args.optim] if args.lr is None else args.lr
-    args.weight_decay = DECAYS[args.optim] if args.weight_decay is None else args.weight_decay
+    args.weight_decay = DECAYS.get(args.optim, 1e-4) if args.weight_decay is None else args.weight_decay
     args.warmup = min(10.0, args.epochs / 10) if args.warmup is None else args.warmup
+
+
+def side(args: argparse.Namespace) -> int:
+    """Height and width of a view."""
+    return int(args.image_size[0])
+
+
+def image_words(args: argparse.Namespace) -> list[Path]:
+    """What --images names, globs that no shell has expanded by their files."""
+    found: list[Path] = []
+    for word in args.images:
+        inside = [] if Path(word).exists() else sorted(glob.glob(word, recursive=True))  # noqa: PTH207 - may be absolute
+        found += [Path(name) for name in inside or [word]]
+    return found
 
 
 def check_processes(args: argparse.Namespace, device: str, processes: Any) -> None:

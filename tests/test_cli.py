@@ -53,6 +53,19 @@ def test_every_flag_has_a_help_text(name):
 OWN_WORDS = {
     *("amp", "batch", "workers", "dataset_dir", "group_pattern", "image_size", "output_dir", "overwrite"),
     "tile_size",
+    # of pretrain.py beside train.py
+    *(
+        "images",
+        "encoder",
+        "encoder_weights",
+        "crops",
+        "lr",
+        "optim",
+        "weight_decay",
+        "warmup",
+        "accumulate",
+        "sync_bn",
+    ),
 }
 
 

@@ -454,6 +454,17 @@ def test_one_image(tmp_path, capsys):
     assert (tmp_path / "run" / "run.pth").is_file()
 
 
+def test_files_by_a_glob(images, tmp_path):
+    pretrain.main(words_for(images / "1*.png", tmp_path, "run", "-e", "1", "-b", "4"))
+    assert load(tmp_path / "run" / "run.pth")["images"] == 3  # 1, 10, 11
+
+
+def test_another_optimiser_needs_a_rate(images, tmp_path, capsys):
+    words = words_for(images, tmp_path, "run", "--optim", "NAdam")
+    place = words.index("-lr")
+    refused(capsys, words[:place] + words[place + 2 :], "--optim NAdam", "give -lr", status=2)
+
+
 def test_images_smaller_than_a_view(tmp_path):
     small = draw_images(tmp_path / "small", 8, side=9)
     pretrain.main(words_for(small, tmp_path, "run", "-e", "1"))
@@ -483,6 +494,9 @@ def test_an_unreadable_file_is_listed_and_left_alone(images, tmp_path, capsys):
         (["--window", "0", "--views-from", "neighbours"], ["whole image has no neighbour"], 2),
         (["--class-list", "1"], ["--class-list", "--probe DIR"], 2),
         (["--reduce", "0.5"], ["--reduce 0.5 would enlarge"], 2),
+        (["--image-size", "32", "64"], ["--image-size 32 64", "square"], 2),
+        (["--crops", "0"], ["--crops 0", "1 or more"], 2),
+        (["--optim", "LBFGS"], ["--optim LBFGS cannot train here"], 2),
         (["--amp", "fp16"], ["--amp fp16 needs a GPU"], 2),
         (["-b", "1"], ["-b 1"], 2),
         (["--images", "nowhere"], ["no file or folder nowhere"], 1),
