@@ -197,21 +197,34 @@ def build_encoder(args: argparse.Namespace, channels: int) -> Any:
     return encoder.train()
 
 
+def architecture_for(encoder: str) -> str:
+    """An architecture of train.py that takes an encoder: plain-unet, unet, or what else there is."""
+    import torch
+
+    import model
+    from selfsupervised.encoders import HOLDERS
+
+    if encoder.startswith("plain-"):
+        return model.PLAIN_UNET
+    for architecture in HOLDERS[:-1]:
+        try:
+            with torch.device("meta"):
+                model.build_model(architecture, encoder, in_channels=3, num_logits=1)
+        except ValueError:
+            continue
+        return architecture
+    return HOLDERS[-1]
+
+
 def start_weights(args: argparse.Namespace, encoder: Any, channels: int) -> None:
     """Put the weights of --encoder-weights into the encoder, and say what matched."""
     import model
     import weights
-    from selfsupervised.encoders import HOLDERS
 
-    architectures = (model.PLAIN_UNET,) if args.encoder.startswith("plain-") else HOLDERS
-    for architecture in architectures:
-        try:
-            network = model.build_model(architecture, args.encoder, in_channels=channels, num_logits=1)
-        except ValueError:
-            continue
-        print(weights.load_encoder_weights(network, args.encoder_weights, in_channels=channels))
-        encoder.load_state_dict(network.encoder.state_dict())  # type: ignore[union-attr]
-        return
+    name = architecture_for(args.encoder)
+    network: Any = model.build_model(name, args.encoder, in_channels=channels, num_logits=1)
+    print(weights.load_encoder_weights(network, args.encoder_weights, in_channels=channels))
+    encoder.load_state_dict(network.encoder.state_dict())
 
 
 def build_method(args: argparse.Namespace, channels: int, windows: int, *, fresh: bool) -> Any:
@@ -363,11 +376,11 @@ def finish(args: argparse.Namespace, run: Any) -> None:
     """Say where the encoder is and how it is used."""
     run.close()
     path = run.encoder_path
-    architecture = "plain-unet" if args.encoder.startswith("plain-") else "unet"
     if path.is_file():
+        name = architecture_for(args.encoder)
         print(f"\nencoder: {path}")
         weights = f"--encoder-weights {shlex.quote(str(path))}"
-        print(f"train with it: python train.py -d DATASET -m {architecture} --encoder {args.encoder} {weights}")
+        print(f"train with it: python train.py -d DATASET -m {name} --encoder {args.encoder} {weights}")
     print(f"tensorboard --logdir {shlex.quote(str(args.log_dir))}")
 
 

@@ -545,6 +545,24 @@ def test_an_encoder_to_which_all_images_are_the_same_is_warned_of(tmp_path, caps
     assert "warning: the encoder's features of all windows are the same" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("encoder", "architecture"),
+    [("plain-8", "plain-unet"), ("tu-test_resnet", "unet"), ("tu-vit_tiny_patch16_224", "dpt")],
+)
+def test_the_architecture_that_is_advised_takes_the_encoder(encoder, architecture):
+    assert pretrain.architecture_for(encoder) == architecture
+
+
+def test_an_encoder_file_starts_another_pretraining(images, tmp_path, capsys):
+    pretrain.main(words_for(images, tmp_path, "first", "-e", "1"))
+    file = tmp_path / "first" / "first.pth"
+    pretrain.main(words_for(images, tmp_path, "second", "-e", "1", "--encoder-weights", file, "-lr", "1e-12"))
+    assert f"encoder weights {file}" in capsys.readouterr().out
+    ours, theirs = (load(tmp_path / name / f"{name}.pth")["encoder_state_dict"] for name in ("second", "first"))
+    for key in (key for key in ours if key.endswith("weight")):
+        torch.testing.assert_close(ours[key], theirs[key])
+
+
 def test_weights_that_no_loss_reaches_are_found(images):
     from selfsupervised.interface import MethodOptions
     from selfsupervised.methods import build_method
