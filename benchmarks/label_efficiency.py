@@ -30,8 +30,11 @@ from benchmarks.paired import draw_subset, format_rows, summarise
 from benchmarks.part_queue import Commands, Part, Results, run_parts
 from image_io import write_text
 
+TITLES = {"random": "from scratch", "settled": "random", "barlow": "Barlow Twins", "moco": "MoCo", "mocov3": "MoCo v3"}
+LARGEST = 512  # side of the middle of an image that features are drawn of
 METHODS = ("barlow", "moco", "mocov3", "dense")
 RANDOM, SETTLED = "random", "settled"
+MIDDLE = 128  # mean from which an image is a bright one
 TUNING = 1000  # seed of the subset that rates are chosen on
 SHARED = ("jobs", "threads", "data", "out", "settings")  # flags that change no result
 
@@ -49,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--views", default="microscopy", metavar="PRESET", help="views of pretrain.py")
     parser.add_argument(
-        "--pretrain-steps", type=cli.positive_int, default=700, metavar="N", help="steps of each method"
+        "--pretrain-steps", type=cli.positive_int, default=800, metavar="N", help="steps of each method"
     )
     parser.add_argument(
         "--pretrain-batch", type=cli.positive_int, default=64, metavar="N", help="pairs in each of them"
@@ -175,7 +178,7 @@ def prepare(args: argparse.Namespace) -> Bench:
     write_text(args.out / "subsets" / "val.csv", "\n".join(["id", *names]) + "\n")
     kinds: dict[str, list[str]] = {"dark": [], "bright": []}
     for item in scan_pairs(find_training(copied, FileOptions()).pairs):
-        dark = sum(image_mean(item)) / len(image_mean(item)) < 128
+        dark = sum(image_mean(item)) / len(image_mean(item)) < MIDDLE
         kinds["dark" if dark else "bright"].append(item.pair.name)
     bench = Bench(args, Commands(args.threads), images, len(found.pairs), kinds)
     for seed in range(max(number for _, number in args.subsets)):
@@ -349,10 +352,6 @@ def draw_pictures(bench: Bench, results: Results) -> list[Path]:
     return [folder / f"{name}.png" for name in pictures]
 
 
-TITLES = {RANDOM: "from scratch", SETTLED: "random", "barlow": "Barlow Twins", "moco": "MoCo", "mocov3": "MoCo v3"}
-LARGEST = 512  # side of the middle of an image that features are drawn of
-
-
 def feature_rows(bench: Bench) -> dict[str, Any]:
     """For an image of bubbles and of froth: the principal components of each encoder's features."""
     import torch
@@ -368,24 +367,22 @@ def feature_rows(bench: Bench) -> dict[str, Any]:
     mean, std, _ = read_statistics(bench.out / "data" / "mean_vals.txt")
     rows = {}
     for folder in bench.images[1:]:
-        pair = find_images([folder])[0]
+        pair = find_images([folder])[-1]
         image = load_image(pair, (), ())[0]
         image = image.repeat(len(mean), axis=2) if image.shape[2] == 1 else image
         top, left = (max(0, (side - LARGEST) // 2) for side in image.shape[:2])
         image = image[top : top + LARGEST, left : left + LARGEST]
         image = image[: image.shape[0] // 32 * 32, : image.shape[1] // 32 * 32]
-        tensor, tiles = (
-            torch.from_numpy(normalise(image, mean[::-1].tolist(), std[::-1].tolist())),
-            [("image", to_display(image))],
-        )
+        tensor = torch.from_numpy(normalise(image, mean[::-1].tolist(), std[::-1].tolist()))
+        tiles, first = [("image", to_display(image))], None
         for start in bench.starts[1:]:
             encoder = build_encoder(bench.args.encoder, len(mean)).eval()
             saved = torch.load(encoder_path(bench, start, 0), weights_only=True)
             encoder.load_state_dict(saved["encoder_state_dict"])
             components = draw.principal_components(draw.dense_features(encoder, tensor))
             size = (len(components), components.shape[1])
-            colours = draw.to_colours(draw.align(components, draw.brightness(tiles[0][1], size), None))
-            tiles.append((TITLES.get(start, start), draw.enlarge(colours, image.shape[:2])))
+            first = draw.align(components, draw.brightness(tiles[0][1], size), first)  # the same colours in a row
+            tiles.append((TITLES.get(start, start), draw.enlarge(draw.to_colours(first), image.shape[:2])))
         rows[f"features_{folder.name}"] = picture_row(tiles, "principal components of dense features")
     return rows
 
@@ -406,7 +403,8 @@ def prediction_rows(bench: Bench) -> dict[str, Any]:
     pairs = list_pairs(bench.out / "data" / "val").pairs
     images = [load_image(pair, (), ())[0] for pair in pairs]
     bright = np.array([image.mean() for image in images])
-    places = {"dark": int(np.argsort(bright)[len(bright) // 2]), "bright": int(bright.argmax())}
+    ranked, light = np.argsort(bright), int((bright >= MIDDLE).sum())
+    places = {"dark": int(ranked[(len(ranked) - light) // 2]), "bright": int(ranked[-(light // 2 + 1)])}
     preds: dict[str, dict[str, Any]] = {kind: {} for kind in places}
     masks = {}
     for start in [RANDOM, *bench.args.methods]:
@@ -423,7 +421,7 @@ def prediction_rows(bench: Bench) -> dict[str, Any]:
     title = f"trained on {labels} images"
     return {
         f"predictions_{kind}": comparison_row(
-            images[place], masks[kind], preds[kind], ("background", "object"), f"{pairs[place].name}, {title}"
+            images[place], masks[kind], preds[kind], ("background", "object"), f"{title}: {pairs[place].name}"
         )
         for kind, place in places.items()
     }
