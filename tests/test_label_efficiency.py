@@ -176,7 +176,7 @@ def quick(monkeypatch):
 def test_the_whole_of_it_tiny(tmp_path, quick, capsys):
     words = ["--data", str(write_data(tmp_path / "data")), "--out", str(tmp_path / "out"), "--encoder", "plain-8"]
     words += ["--image-size", "32", "--methods", "moco", "--pretrain-steps", "2", "--pretrain-batch", "16"]
-    words += ["--steps", "4", "--points", "2", "--subsets", "2:2", "--rates", "0.003", "--jobs", "1"]
+    words += ["--steps", "4", "--points", "2", "--subsets", "2:1", "--rates", "0.003", "--jobs", "1"]
     label_efficiency.main(words)
     shown = capsys.readouterr().out
     assert (tmp_path / "out" / "table.md").read_text() in shown
@@ -185,10 +185,9 @@ def test_the_whole_of_it_tiny(tmp_path, quick, capsys):
     check_pairing(InProcess.calls)
     content = json.loads((tmp_path / "out" / "results.json").read_text())
     rows = {row["name"]: row for row in content["tables"]["2"]}
-    part = [json.loads((tmp_path / "out" / "parts" / f"train_moco_2_{k}.json").read_text()) for k in (0, 1)]
-    base = [json.loads((tmp_path / "out" / "parts" / f"train_random_2_{k}.json").read_text()) for k in (0, 1)]
-    gains = [one["final"] - other["final"] for one, other in zip(part, base, strict=True)]
-    assert rows["moco"]["gains"] == pytest.approx(gains)
+    parts = [tmp_path / "out" / "parts" / f"train_{start}_2_0.json" for start in ("moco", "random")]
+    own, base = (json.loads(path.read_text())["final"] for path in parts)
+    assert rows["moco"]["gains"] == pytest.approx([own - base])
     for name in ("features_bubbles", "features_froth", "predictions_dark", "predictions_bright"):
         assert read_image(tmp_path / "out" / "pictures" / f"{name}.png").shape[2] == 3
     done = len(InProcess.calls)
@@ -203,7 +202,7 @@ def test_the_whole_of_it_tiny(tmp_path, quick, capsys):
 def check_pairing(calls):
     """Runs of one subset differ in the encoder's weights, their rate and their names alone."""
     trained = [call for call in calls if call[0] == "train.py" and "tune" not in call[call.index("--exp-name") + 1]]
-    assert len(trained) == 6
+    assert len(trained) == 3
     for number, group in itertools.groupby(trained, key=lambda call: call[call.index("--seed") + 1]):
         kept = []
         for call in group:
