@@ -471,6 +471,24 @@ def pick_device(name: str, cpu: bool = False) -> str:
     return name
 
 
+def without_partners(
+    args: argparse.Namespace, parser: argparse.ArgumentParser, partners: Mapping[str, tuple[Any, Sequence[str]]]
+) -> list[str]:
+    """A warning for each group of flags that were given and change nothing, for want of another one.
+
+    Args:
+        parser: knows the defaults.
+        partners: what each group needs, whether it is there, and the group as names in the namespace.
+    """
+    lines = []
+    for partner, (there, names) in partners.items():
+        given = [name for name in names if getattr(args, name) != parser.get_default(name)]
+        if given and not there:
+            flags = " ".join(f"--{name.strip('_').replace('_', '-')}" for name in given)
+            lines.append(f"warning: without {partner} nothing is done with {flags}")
+    return lines
+
+
 def share_cores() -> None:
     """Make the threads that read, compute and write at the same time hand over to each other; before torch is imported.
 

@@ -280,6 +280,19 @@ class Schedule:
             self.limit = min(self.limit, highest)
 
 
+def describe_limit(schedule: Schedule, way: str) -> str:
+    """What a run that was made longer learns with.
+
+    Args:
+        way: how another run starts from its weights.
+    """
+    return (
+        f"the run was made longer: its learning rate stays at {schedule.limit * schedule.lr:.3g}, where it had come "
+        f"down to, until {schedule.name} over {schedule.epochs} epochs is lower. For a new curve start another run: "
+        f"{way} and another --exp-name"
+    )
+
+
 def cosine(after: float) -> float:
     """Half a cosine from 1 to 0. Reference: Loshchilov and Hutter 2017, SGDR, https://arxiv.org/abs/1608.03983."""
     return 0.5 * (1 + math.cos(math.pi * after))

@@ -69,13 +69,17 @@ def check_command(args: argparse.Namespace, device: str, processes: Any) -> argp
     options.check_flags(args)
     options.check_processes(args, device, processes)
     print(f"device: {device}{processes.described}")
+    for line in options.idle_flags(args, build_parser()):
+        print(line)
     return args
 
 
 def default_name(args: argparse.Namespace) -> str:
     """Name of a run that was given none; the same command finds the same run again."""
     folder = Path(args.images[0]).resolve()
-    words = [folder.stem]
+    while folder.parent != folder and not folder.is_dir():
+        folder = folder.parent  # of a file or a glob
+    words = [folder.name]
     while words[0] in ("images", "train") and folder.parent != folder:
         folder = folder.parent
         words.insert(0, folder.name)
@@ -250,7 +254,9 @@ def build_method(args: argparse.Namespace, channels: int, windows: int, *, fresh
     for message in methods.hints(args.method, options.method_options(args, windows), windows):
         print(f"warning: {message}")
     learned = model.count_parameters(encoder) / 1e6, model.count_parameters(method) / 1e6
-    print(f"{args.method}: {args.encoder} of {learned[0]:.2f} M parameters, {learned[1]:.2f} M with all of the method")
+    queue = f"; a queue of {options.method_options(args, windows).queue} keys" if args.method == "moco" else ""
+    whole = f"{learned[1]:.2f} M with all of the method{queue}"
+    print(f"{args.method}: {args.encoder} of {learned[0]:.2f} M parameters, {whole}")
     return method
 
 
@@ -280,6 +286,7 @@ def pretrain(
     args: argparse.Namespace, data: Data, run_dir: Path, device: str, record: dict[str, Any], processes: Any
 ) -> None:
     """Build everything, go on from a last_checkpoint if there is one, fit, say where the encoder is."""
+    from optim import describe_limit
     from selfsupervised import pretrainer
 
     fresh, device = not (run_dir / "last_checkpoint").is_file(), processes.device(device)
@@ -290,10 +297,13 @@ def pretrain(
     description = describe(args, data, options.method_options(args, windows))
     fit = options.fit_options(args)
     steps, shape = -(-len(batches) // args.accumulate), (channels, options.side(args), options.side(args))
-    learner = pretrainer.build_pretrainer(method, fit, device=device, steps=steps, shape=shape, processes=processes)
+    say_untrained(args.method, pretrainer.freeze_idle_weights(method, shape))
+    learner = pretrainer.build_pretrainer(method, fit, device=device, steps=steps, processes=processes)
     if pretrainer.resume(learner, run_dir / "last_checkpoint", description):
         print(f"going on in {run_dir} after epoch {learner.progress.epoch}")
         say_changes(run_dir, record["flags"])
+    if learner.schedule.limit < 1:
+        print(describe_limit(learner.schedule, f"--encoder-weights {run_dir / run_dir.name}.pth"))
     images = args.batch * args.accumulate
     print(f"learning rate: {fit.lr:.3g} for steps of {images} images (-lr {args.lr:g} is for {options.BASE_BATCH})")
     if learner.progress.epoch >= args.epochs:
@@ -303,6 +313,16 @@ def pretrain(
     pretrainer.fit(learner, description, batches, fit, look, run, allow_collapse=args.allow_collapse, report=print)
     if run is not None:
         finish(args, run)
+
+
+def say_untrained(method: str, names: list[str]) -> None:
+    """Warn of weights behind finer features alone, such as half of the last stage of an HRNet."""
+    if names:
+        print(
+            f"warning: {len(names)} tensors of the encoder (first {names[0].removeprefix('encoder.')}) have no part in "
+            f"the coarsest features, which --method {method} compares, and stay as they began; --method dense compares "
+            "features at all scales"
+        )
 
 
 def build_look(args: argparse.Namespace, data: Data, channels: int, device: str) -> Any:

@@ -240,19 +240,36 @@ def check_processes(args: argparse.Namespace, device: str, processes: Any) -> No
     Raises:
         cli.UsageError: names the flag and a way on.
     """
-    import torch
+    from train_options import check_devices
 
     if args.amp == "fp16" and device == "cpu":
         raise cli.UsageError("--amp fp16 needs a GPU; use --amp bf16 or no on the cpu")
-    if processes.world == 1:
-        return
-    if device not in ("cpu", "cuda"):
-        raise cli.UsageError(f"--device {device}: each process takes a GPU of its own with --device cuda, or the cpu")
-    if device == "cuda" and torch.cuda.device_count() < processes.on_machine:
+    check_devices(args, device, processes)
+    if args.batch < 2 * processes.world:
         raise cli.UsageError(
-            f"{processes.on_machine} processes on a machine with {torch.cuda.device_count()} GPUs, and each needs one; "
-            "lower --nproc_per_node of torchrun, or give --cpu"
+            f"-b {args.batch} leaves a process a single image or none, and statistics and comparisons need two; give "
+            f"-b {16 * processes.world} or more"
         )
+
+
+def idle_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[str]:
+    """A line for each group of flags that were given and change nothing, for want of another one.
+
+    Args:
+        args: after check_flags. parser: knows the defaults.
+    """
+    from train_options import long_warmup
+
+    method = args.method
+    partners = {
+        "--method barlow or dense": (method in ("barlow", "dense"), ["lambda_"]),
+        "--method moco or mocov3": (method in ("moco", "mocov3"), ["temperature", "momentum_encoder"]),
+        "--method moco": (method == "moco", ["queue"]),
+        "--method dense": (method == "dense", ["dense_points", "dense_global"]),
+        "--optim SGD or LARS": (args.optim in ("SGD", "LARS"), ["momentum"]),
+        "--probe DIR": (args.probe, ["probe_head"]),
+    }
+    return cli.without_partners(args, parser, partners) + long_warmup(args)
 
 
 def scaled_rate(args: argparse.Namespace) -> float:

@@ -481,11 +481,7 @@ def say_optimisation(learner: Any, args: argparse.Namespace) -> None:
     if args.optim in optim.NOTES:
         print(f"warning: {optim.NOTES[args.optim]}")
     if learner.schedule.limit < 1:
-        print(
-            f"the run was made longer: its learning rate stays at {learner.schedule.limit * args.lr:.3g}, where it had "
-            f"come down to, until {args.scheduler} over {args.epochs} epochs is lower. For a new curve start another "
-            "run: --init-from with the best checkpoint and another --exp-name"
-        )
+        print(optim.describe_limit(learner.schedule, "--init-from with the best checkpoint"))
 
 
 def say_changes(run_dir: Path, flags: dict[str, Any], saved: Any, config: Any, *, named: bool) -> None:

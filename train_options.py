@@ -264,11 +264,7 @@ def idle_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> lis
         "--optim SGD or LARS": (args.optim in ("SGD", "LARS"), ["momentum"]),
         "--add-val-dirs DIR": (args.add_val_dirs, ["adv_freq"]),
     }
-    lines = []
-    for partner, (there, names) in partners.items():
-        given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) != parser.get_default(name)]
-        if given and not there:
-            lines.append(f"warning: without {partner} nothing is done with {' '.join(given)}")
+    lines = cli.without_partners(args, parser, partners)
     begun = ["--init"] if args.init != "network" else []
     begun += ["--encoder-weights"] if args.encoder_weights.lower() not in ("imagenet", "none") else []
     if args.init_from and begun:
@@ -277,15 +273,18 @@ def idle_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> lis
     return lines + thwarted_flags(args)
 
 
+def long_warmup(args: argparse.Namespace) -> list[str]:
+    """A line when the rate rises for the whole run; else none."""
+    if args.warmup < args.epochs:
+        return []
+    return [f"warning: --warmup {args.warmup:g} takes all of --epochs {args.epochs}, so the rate never comes to -lr"]
+
+
 def thwarted_flags(args: argparse.Namespace) -> list[str]:
     """A line for each flag that others keep from what it is for."""
     import augmentations
 
-    lines = []
-    if args.warmup >= args.epochs:
-        lines.append(
-            f"warning: --warmup {args.warmup:g} takes all of --epochs {args.epochs}, so the rate never comes to -lr"
-        )
+    lines = long_warmup(args)
     random = args.encoder_weights.lower() == "none" or (args.model == "plain-unet" and weights_file(args) is None)
     if args.freeze_encoder and random and not args.init_from:
         lines.append("warning: --freeze-encoder keeps random weights as they are, as --encoder-weights loads none")
@@ -295,8 +294,8 @@ def thwarted_flags(args: argparse.Namespace) -> list[str]:
     return lines
 
 
-def check_processes(args: argparse.Namespace, device: str, processes: Any) -> None:
-    """Refuse what several processes cannot do, and what only several can.
+def check_devices(args: argparse.Namespace, device: str, processes: Any) -> None:
+    """Refuse --sync-bn of one process, and several where each cannot have a device.
 
     Raises:
         cli.UsageError: names the flag and a way on.
@@ -314,6 +313,17 @@ def check_processes(args: argparse.Namespace, device: str, processes: Any) -> No
             f"{processes.on_machine} processes on a machine with {torch.cuda.device_count()} GPUs, and each needs one; "
             "lower --nproc_per_node of torchrun, or give --cpu"
         )
+
+
+def check_processes(args: argparse.Namespace, device: str, processes: Any) -> None:
+    """Refuse what several processes cannot do, and what only several can.
+
+    Raises:
+        cli.UsageError: names the flag and a way on.
+    """
+    check_devices(args, device, processes)
+    if processes.world == 1:
+        return
     if args.lr_find or args.batch == "auto":
         flag = "--lr-find" if args.lr_find else "-b auto"
         raise cli.UsageError(f"{flag} tries what one process can do; start it without torchrun")

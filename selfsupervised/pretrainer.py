@@ -19,6 +19,7 @@ from checkpoint import read_content, write_content
 from learner import FitOptions, Learner, build_learner, check_state
 from processes import ALONE, Processes
 from selfsupervised.encoder_file import Description, describe_change
+from selfsupervised.encoders import feature_maps
 from selfsupervised.interface import Method, Step
 from selfsupervised.look import Look, take_look
 from selfsupervised.run_log import RunLog
@@ -77,35 +78,44 @@ class _Sums:
 
 
 def build_pretrainer(
-    method: Method, options: FitOptions, *, device: str, steps: int, shape: Sequence[int], processes: Processes = ALONE
+    method: Method, options: FitOptions, *, device: str, steps: int, processes: Processes = ALONE
 ) -> Learner:
-    """A learner around a method.
+    """A learner around a method whose weights all learn; see freeze_idle_weights.
 
     Args:
         steps: optimiser steps in one epoch.
-        shape: (C, H, W) of a view.
     """
-    if processes.world > 1:
-        freeze_idle_weights(method, shape)
     return build_learner(method, options, device=device, steps=steps, processes=processes, image=None)
 
 
-def freeze_idle_weights(method: Method, shape: Sequence[int]) -> None:
+def freeze_idle_weights(method: Method, shape: Sequence[int]) -> list[str]:
     """Take weights that the loss does not depend on out of training, such as an encoder's last normalisation.
 
-    Several processes would wait for their gradients. Alone, an optimiser passes them over just the same.
+    Several processes would wait for their gradients. One would pass them over, but then the optimiser's state would
+    not fit a run that goes on in several.
+
+    Args:
+        shape: (C, H, W) of a view.
+
+    Returns:
+        Names of those among them that features of the encoder depend on: at scales that the loss does not look at.
     """
     copied = copy.deepcopy(method).train()
     with torch.random.fork_rng(devices=[]):
         views = torch.randn(2, 2, *shape)
         loss = copied(*views, torch.eye(2, 3).expand(2, 2, 2, 3)).loss
-    learned = [name for name, weight in copied.named_parameters() if weight.requires_grad]
-    weights = dict(copied.named_parameters())
-    gradients = torch.autograd.grad(loss, [weights[name] for name in learned], allow_unused=True)
+        features = sum((values.sum() for values in feature_maps(copied.encoder, views[0])), loss.new_zeros(()))
+    learned = {name: weight for name, weight in copied.named_parameters() if weight.requires_grad}
+    by_loss, by_features = (
+        torch.autograd.grad(value, [*learned.values()], allow_unused=True) for value in (loss, features)
+    )
     own = dict(method.named_parameters())
-    for name, gradient in zip(learned, gradients, strict=True):
-        if gradient is None:
+    untrained: list[str] = []
+    for name, slope, use in zip(learned, by_loss, by_features, strict=True):
+        if slope is None:
             own[name].requires_grad_(False)
+            untrained += [name] if use is not None else []
+    return untrained
 
 
 def resume(learner: Learner, path: Path, description: Description) -> bool:

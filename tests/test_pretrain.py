@@ -162,9 +162,10 @@ def refused(capsys, words, *expected, status=1):
 GROUPS = ["--encoder", "plain-8-gn"]
 # AdamW makes whole steps of gradients that are rounding alone, and what diverges magnifies rounding.
 STEADY = ["--optim", "SGD", "--momentum", "0", "-e", "2"]
-RATES = {"barlow": "0.002", "moco": "0.2", "mocov3": "0.2"}
+RATES = {"barlow": "0.002", "dense": "0.05", "moco": "0.2", "mocov3": "0.2"}
 SHARED = {
     "barlow": ["--method", "barlow", *GROUPS],
+    "dense": ["--method", "dense", *GROUPS],
     "moco sync": ["--method", "moco", "--sync-bn"],
     "mocov3": ["--method", "mocov3", *GROUPS],
 }
@@ -185,7 +186,8 @@ def runs(images, tmp_path_factory):
             job(f"{method} {why}", 1, None, "--method", method)
     for name, more in SHARED.items():
         for count, world in ((1, "one"), (2, "two")):
-            job(f"{world} {name}", count, None, *more, *STEADY, "-lr", RATES[name.split()[0]])
+            own = [word for word in more if count > 1 or word != "--sync-bn"]
+            job(f"{world} {name}", count, None, *own, *STEADY, "-lr", RATES[name.split()[0]])
     job("two odd", 2, None, "-b", "9")
     job("two collapse", 2, None, "-lr", "1e9", "-e", "9", "--optim", "SGD")
     (logs / "jobs.json").write_text(json.dumps(jobs))
@@ -394,18 +396,20 @@ def test_slides_are_read_by_windows(tmp_path):
 
 
 def test_a_complete_run_trains_nothing_and_a_longer_one_goes_on(images, tmp_path, capsys):
-    words = words_for(images, tmp_path, "run", "-e", "1")
+    words = words_for(images, tmp_path, "run", "-e", "2")
     pretrain.main(words)
     before = (tmp_path / "run" / "last_checkpoint").read_bytes()
     capsys.readouterr()
     pretrain.main(words)
-    assert "the run is complete: 1 epochs are done" in capsys.readouterr().out
+    assert "the run is complete: 2 epochs are done" in capsys.readouterr().out
     assert (tmp_path / "run" / "last_checkpoint").read_bytes() == before
-    pretrain.main([*words, "-e", "2", "--lambda", "0.01"])
+    pretrain.main([*words, "-e", "3", "--lambda", "0.01"])
     out = capsys.readouterr().out
-    assert "going on in" in out and "after epoch 1" in out
+    assert "going on in" in out and "after epoch 2" in out
+    assert "the run was made longer: its learning rate stays at 0.000" in out
+    assert f"--encoder-weights {tmp_path / 'run' / 'run.pth'} and another --exp-name" in out
     assert "lambda_ was 0.005 when this run began, it goes on with 0.01" in out
-    assert [row["epoch"] for row in read_rows(tmp_path / "run")] == [1, 2]
+    assert [row["epoch"] for row in read_rows(tmp_path / "run")] == [1, 2, 3]
 
 
 def test_another_run_in_the_same_folder_is_refused(images, tmp_path, capsys):
@@ -498,12 +502,75 @@ def test_an_unreadable_file_is_listed_and_left_alone(images, tmp_path, capsys):
         (["--crops", "0"], ["--crops 0", "1 or more"], 2),
         (["--optim", "LBFGS"], ["--optim LBFGS cannot train here"], 2),
         (["--amp", "fp16"], ["--amp fp16 needs a GPU"], 2),
-        (["-b", "1"], ["-b 1"], 2),
+        (["-b", "1"], ["-b 1 leaves a process a single image", "-b 16"], 2),
+        (["-b", "1", "--method", "moco"], ["-b 1 leaves a process a single image", "-b 16"], 2),
+        (["--sync-bn"], ["--sync-bn joins the batches of several processes", "torchrun"], 2),
+        (["--encoder", "tu-xcit_nano_12_p8_224"], ["tu-xcit_nano_12_p8_224 cannot be pretrained", "resnet18"], 1),
         (["--images", "nowhere"], ["no file or folder nowhere"], 1),
     ],
 )
 def test_flags_that_cannot_be(images, tmp_path, capsys, more, expected, status):
     refused(capsys, words_for(images, tmp_path, "run", *more), *expected, status=status)
+
+
+@pytest.mark.parametrize(
+    ("words", "partner", "line"),
+    [
+        (["--lambda", "1"], ["--method", "dense"], "without --method barlow or dense nothing is done with --lambda"),
+        (["--queue", "8"], ["--method", "moco"], "without --method moco nothing is done with --queue"),
+        (["--temperature", "1"], ["--method", "mocov3"], "nothing is done with --temperature"),
+        (["--momentum-encoder", "0.9"], ["--method", "moco"], "nothing is done with --momentum-encoder"),
+        (["--dense-points", "9", "--dense-global", "0"], ["--method", "dense"], "with --dense-points --dense-global"),
+        (["--momentum", "0.5"], ["--optim", "sgd"], "without --optim SGD or LARS nothing is done with --momentum"),
+        (["--probe-head", "decoder"], ["--probe", "data"], "without --probe DIR nothing is done with --probe-head"),
+        (["--warmup", "100"], ["-e", "101"], "--warmup 100 takes all of --epochs 100"),
+    ],
+)
+def test_flags_that_change_nothing_are_named(words, partner, line):
+    def idle(*more):
+        start = [] if "--lambda" not in words else ["--method", "moco"]
+        args = pretrain.build_parser().parse_args(["--images", "x", *start, *more])
+        pretrain.options.check_flags(args)
+        return pretrain.options.idle_flags(args, pretrain.build_parser())
+
+    (said,) = idle(*words)
+    assert said.startswith("warning: ") and line in said
+    assert idle(*words, *partner) == [] == idle()
+
+
+def test_a_flag_that_changes_nothing_is_said_by_the_page(images, tmp_path, capsys):
+    pretrain.main(words_for(images, tmp_path, "run", "-e", "1", "--queue", "8"))
+    assert "warning: without --method moco nothing is done with --queue" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("word", "name"),
+    [
+        ("froth.v2", "barlow_resnet18_froth.v2"),
+        ("nuclei/train/images", "barlow_resnet18_nuclei_train_images"),
+        ("nuclei/train/images/1.png", "barlow_resnet18_nuclei_train_images"),
+        ("froth.v2/*.png", "barlow_resnet18_froth.v2"),
+        ("froth.v2/**/*.png", "barlow_resnet18_froth.v2"),
+    ],
+)
+def test_a_run_is_named_after_a_folder(tmp_path, word, name):
+    for folder in ("froth.v2", "nuclei/train/images"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "1.png").touch()
+    args = pretrain.build_parser().parse_args(["--images", str(tmp_path / word)])
+    assert pretrain.default_name(args) == name
+
+
+def test_weights_behind_finer_features_alone_are_warned_of(images, tmp_path, capsys):
+    words = words_for(images, tmp_path, "run", "-e", "1", "--encoder", "tu-hrnet_w18_small")
+    pretrain.main(words)
+    out = capsys.readouterr().out
+    assert "tensors of the encoder (first model.stage4.0." in out and "--method dense compares features at all" in out
+    saved = load(tmp_path / "run" / "last_checkpoint")
+    listed = sum(len(group["params"]) for group in saved["optimizer_state_dict"]["param_groups"])
+    assert listed == len(saved["optimizer_state_dict"]["state"])  # the same weights as in several processes
+    method = pretrain.build_method(pretrain.build_parser().parse_args([*words, "--method", "dense"]), 3, 24, fresh=True)
+    assert pretrainer.freeze_idle_weights(method, (3, 32, 32)) == []
 
 
 def test_an_encoder_that_cannot_be_pretrained(images, tmp_path, capsys):
@@ -572,7 +639,7 @@ def test_weights_that_no_loss_reaches_are_found(images):
     encoder.idle = torch.nn.Linear(2, 2)
     method = build_method("barlow", encoder, MethodOptions(projector=(8, 8)))
     state, before = torch.get_rng_state(), {key: value.clone() for key, value in method.state_dict().items()}
-    pretrainer.freeze_idle_weights(method, (3, 32, 32))
+    assert pretrainer.freeze_idle_weights(method, (3, 32, 32)) == []  # no features depend on them
     assert torch.equal(torch.get_rng_state(), state)
     frozen = {key for key, value in method.named_parameters() if not value.requires_grad}
     assert frozen == {"encoder.idle.weight", "encoder.idle.bias"}
