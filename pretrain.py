@@ -278,6 +278,8 @@ def describe(args: argparse.Namespace, data: Data, chosen: Any) -> Any:
         image_size=options.side(args),
         images=len(data.found.pairs),
         digest=data.digest,
+        reduction=data.slides.reduction,
+        mpp=data.slides.mpp,
         sizes=sizes,
     )
 

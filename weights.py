@@ -81,7 +81,7 @@ def encoder_file_differences(source: str, config: Any) -> list[str]:
 
     Args:
         source: as of load_encoder_weights; published weights and other files have no differences that are known.
-        config: ModelConfig of the training: its channels, dtype and preprocess are compared.
+        config: ModelConfig of the training: its channels, dtype, preprocess and the scale of slides are compared.
 
     Returns:
         Warnings to print.
@@ -90,18 +90,29 @@ def encoder_file_differences(source: str, config: Any) -> list[str]:
     payload = _read_weights(path) if path.is_file() else {}
     if "encoder_state_dict" not in payload or "method" not in payload:
         return []
-    lines = []
-    for key, what in (("channels", "channels"), ("dtype", "pixel type"), ("preprocess", "preprocessing")):
-        words = [
-            ", ".join([value] if isinstance(value, str) else value)
-            for value in (payload.get(key, ""), getattr(config, key))
-        ]
-        if words[0] != words[1]:
-            lines.append(
-                f"{path} was pretrained on images with {what} {words[0] or 'none'}, these have {words[1] or 'none'}: "
-                "its weights may help less"
-            )
-    return lines
+    pairs = {
+        what: (_listed(payload.get(key, "")), _listed(getattr(config, key)))
+        for key, what in (("channels", "channels"), ("dtype", "pixel type"), ("preprocess", "preprocessing"))
+    }
+    scales = (
+        (payload.get("reduction", 1.0), payload.get("mpp", 0.0)),
+        (config.geometry.reduction, config.geometry.mpp),
+    )
+    pairs["the scale"] = _scale(*scales[0]), _scale(*scales[1])
+    return [
+        f"{path} was pretrained on images with {what} {before}, these have {now}: its weights may help less"
+        for what, (before, now) in pairs.items()
+        if before != now
+    ]
+
+
+def _listed(value: str | Sequence[str]) -> str:
+    return (value if isinstance(value, str) else ", ".join(value)) or "none"
+
+
+def _scale(reduction: float, mpp: float) -> str:
+    """How the flags of slides say a scale."""
+    return f"--mpp {mpp:g}" if mpp else f"--reduce {reduction:g}"
 
 
 def init_from(model: nn.Module, state_dict: Mapping[str, Any]) -> str:

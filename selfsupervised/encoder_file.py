@@ -21,6 +21,7 @@ class Description:
     """What was pretrained, on what. Stored in the encoder file and in the state that a run goes on from.
 
     mean and std run in the order of the channels, in raw units. images: how many there were; digest: which.
+    reduction, mpp: at which scale slides were read, see checkpoint.Geometry.
     sizes: what decides the shapes of the method's own weights, by the names of the flags.
     """
 
@@ -34,6 +35,8 @@ class Description:
     image_size: int
     images: int
     digest: str
+    reduction: float = 1.0
+    mpp: float = 0.0
     sizes: dict[str, str] = field(default_factory=dict)
 
     def plain(self) -> dict[str, Any]:

@@ -91,6 +91,8 @@ def test_another_encoder_is_refused_by_name(tmp_path, encoder):
         ({"channels": ("grey",)}, ["channels red, green, blue", "these have grey"]),
         ({"dtype": "uint16"}, ["pixel type uint8", "these have uint16"]),
         ({"preprocess": ("clahe", "stretch")}, ["preprocessing none", "these have clahe, stretch"]),
+        ({"geometry": Geometry("crops", (64, 64), reduction=4)}, ["the scale --reduce 1, these have --reduce 4"]),
+        ({"geometry": Geometry("crops", (64, 64), mpp=0.5)}, ["the scale --reduce 1, these have --mpp 0.5"]),
     ],
 )
 def test_what_differs_from_the_training_is_named(tmp_path, encoder, changes, words):
