@@ -290,6 +290,7 @@ def pretrain(
     """Build everything, go on from a last_checkpoint if there is one, fit, say where the encoder is."""
     from optim import describe_limit
     from selfsupervised import pretrainer
+    from weights import encoder_file_differences
 
     fresh, device = not (run_dir / "last_checkpoint").is_file(), processes.device(device)
     channels, windows = len(data.found.channels), len(data.found.pairs) * args.crops
@@ -297,6 +298,8 @@ def pretrain(
     method = processes.first_then_others(lambda: build_method(args, channels, windows, fresh=fresh))
     look = build_look(args, data, channels, device) if processes.first else None
     description = describe(args, data, options.method_options(args, windows))
+    for message in encoder_file_differences(args.encoder_weights, description, description) if fresh else ():
+        print(f"warning: {message}")
     fit = options.fit_options(args)
     steps, shape = -(-len(batches) // args.accumulate), (channels, options.side(args), options.side(args))
     say_untrained(args.method, pretrainer.freeze_idle_weights(method, shape))

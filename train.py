@@ -205,7 +205,7 @@ def build_network(args: argparse.Namespace, data: Data, *, fresh: bool) -> tuple
         print(weights.init_from(network, load_checkpoint(args.init_from)[1]["model_state_dict"]))
     elif published != "none" and (args.model, published) != ("plain-unet", "imagenet"):
         print(weights.load_encoder_weights(network, args.encoder_weights, in_channels=len(data.channels)))
-        for message in weights.encoder_file_differences(args.encoder_weights, config):
+        for message in weights.encoder_file_differences(args.encoder_weights, config, config.geometry):
             print(f"warning: {message}")
     if args.sync_bn:
         network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)

@@ -76,12 +76,13 @@ def load_encoder_weights(model: nn.Module, source: str, *, in_channels: int) -> 
     return _report(f"encoder weights {path}", target, stored, matched, notes)
 
 
-def encoder_file_differences(source: str, config: Any) -> list[str]:
-    """How the images that an encoder file of pretrain.py was made from differ from those of a training.
+def encoder_file_differences(source: str, images: Any, scale: Any) -> list[str]:
+    """How the images that an encoder file of pretrain.py was made from differ from those that are learned from now.
 
     Args:
         source: as of load_encoder_weights; published weights and other files have no differences that are known.
-        config: ModelConfig of the training: its channels, dtype, preprocess and the scale of slides are compared.
+        images: what has their channels, dtype and preprocess: ModelConfig, or Description of the next pretraining.
+        scale: what has the reduction and mpp of slides: Geometry, or Description.
 
     Returns:
         Warnings to print.
@@ -91,18 +92,15 @@ def encoder_file_differences(source: str, config: Any) -> list[str]:
     if "encoder_state_dict" not in payload or "method" not in payload:
         return []
     pairs = {
-        what: (_listed(payload.get(key, "")), _listed(getattr(config, key)))
+        what: (_listed(payload.get(key, "")), _listed(getattr(images, key)))
         for key, what in (("channels", "channels"), ("dtype", "pixel type"), ("preprocess", "preprocessing"))
     }
-    scales = (
-        (payload.get("reduction", 1.0), payload.get("mpp", 0.0)),
-        (config.geometry.reduction, config.geometry.mpp),
-    )
-    pairs["the scale"] = _scale(*scales[0]), _scale(*scales[1])
+    before = _scale(payload.get("reduction", 1.0), payload.get("mpp", 0.0))
+    pairs["the scale"] = before, _scale(scale.reduction, scale.mpp)
     return [
-        f"{path} was pretrained on images with {what} {before}, these have {now}: its weights may help less"
-        for what, (before, now) in pairs.items()
-        if before != now
+        f"{path} was pretrained on images with {what} {old}, these have {new}: its weights may help less"
+        for what, (old, new) in pairs.items()
+        if old != new
     ]
 
 

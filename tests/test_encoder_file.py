@@ -98,7 +98,8 @@ def test_another_encoder_is_refused_by_name(tmp_path, encoder):
 def test_what_differs_from_the_training_is_named(tmp_path, encoder, changes, words):
     path = tmp_path / "e.pth"
     save_encoder(path, encoder.state_dict(), describe(), epochs=4)
-    lines = weights.encoder_file_differences(str(path), config(**changes))
+    training = config(**changes)
+    lines = weights.encoder_file_differences(str(path), training, training.geometry)
     assert len(lines) == (1 if words else 0)
     assert all(word in lines[0] for word in words)
 
@@ -106,8 +107,8 @@ def test_what_differs_from_the_training_is_named(tmp_path, encoder, changes, wor
 def test_other_weights_have_no_known_differences(tmp_path, encoder):
     path = tmp_path / "plain.pth"
     torch.save(encoder.state_dict(), path)
-    assert weights.encoder_file_differences(str(path), config(dtype="uint16")) == []
-    assert weights.encoder_file_differences("imagenet", config(dtype="uint16")) == []
+    for source in (str(path), "imagenet"):
+        assert weights.encoder_file_differences(source, config(dtype="uint16"), Geometry("resize", (32, 32))) == []
 
 
 def test_statistics_in_evaluation_mode_are_those_of_the_windows(encoder):

@@ -624,7 +624,10 @@ def test_an_encoder_file_starts_another_pretraining(images, tmp_path, capsys):
     pretrain.main(words_for(images, tmp_path, "first", "-e", "1"))
     file = tmp_path / "first" / "first.pth"
     pretrain.main(words_for(images, tmp_path, "second", "-e", "1", "--encoder-weights", file, "-lr", "1e-12"))
-    assert f"encoder weights {file}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"encoder weights {file}" in out and "was pretrained on" not in out
+    pretrain.main(words_for(images, tmp_path, "other", "-e", "1", "--encoder-weights", file, "--preprocess", "stretch"))
+    assert "preprocessing none, these have stretch" in capsys.readouterr().out
     ours, theirs = (load(tmp_path / name / f"{name}.pth")["encoder_state_dict"] for name in ("second", "first"))
     for key in (key for key in ours if key.endswith("weight")):
         torch.testing.assert_close(ours[key], theirs[key])
