@@ -23,6 +23,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import tifffile
 
 import cli
 from augmentations import PRESETS, Augmentation
@@ -36,6 +37,17 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # otherwise the import a
 import albumentations as A  # noqa: E402
 
 FORMATS = [(kind, channels) for channels in (3, 1, 5) for kind in ("uint8", "uint16", "float32")]
+# Name of a row: suffix, type and channels of its files.
+FILES = {
+    "png": (".png", "uint8", 3),
+    "jpg": (".jpg", "uint8", 3),
+    "tif": (".tif", "uint8", 3),
+    "png, 16 bit": (".png", "uint16", 3),
+    "tif, 5 x 16 bit": (".tif", "uint16", 5),
+    "tif, 5 floats": (".tif", "float32", 5),
+}
+SLIDE, SLIDE_SIDE = "slide", 10240  # large enough to be read by windows
+PLAIN = ("png", "jpg", "tif")  # what the plain way takes: 8-bit RGB that is decoded whole
 TOPS = {"uint8": 255, "uint16": 65535, "float32": 1.0}
 Way = Callable[[np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]
 COLUMNS = f"{'preset':<11}{'format':<13}{'ours':>8}{'slowest':>9}{'plain':>9}{'no fog':>9}{'ratio':>8}"
@@ -203,34 +215,52 @@ def _number(value: float, width: int = 9) -> str:
 # From files
 
 
-def write_files(folder: Path, suffix: str, side: int, count: int) -> list[Pair]:
-    """Drawn pictures with masks as files of one format."""
+def write_files(folder: Path, name: str, side: int, count: int) -> list[Pair]:
+    """Drawn pictures with masks as files of one row of FILES."""
+    suffix, kind, channels = FILES[name]
     pairs = []
     for number in range(count):
-        image, mask = draw(side, seed=number)
-        pair = Pair(f"{number}", folder / f"{number}{suffix}", folder / f"{number}_mask.png")
+        image, mask = draw(side, kind, channels, seed=number)
+        pair = Pair(f"{number}", folder / f"{name}_{number}{suffix}", folder / f"{name}_{number}_mask.png")
         write_image(pair.image, image)
-        write_mask(folder / f"{number}_mask.png", mask)
+        write_mask(folder / f"{name}_{number}_mask.png", mask)
         pairs.append(pair)
     return pairs
 
 
-def load_ours(pairs: Sequence[Pair], preset: str, size: int, crops: int) -> Iterator[int]:
+def write_slides(folder: Path, side: int, count: int) -> list[Pair]:
+    """Slides in JPEG tiles with masks, made of one drawn picture again and again."""
+    image, mask = draw(side)
+    pairs, times = [], -(-SLIDE_SIDE // side)
+    for number in range(count):
+        paths = folder / f"slide_{number}.tif", folder / f"slide_{number}_mask.tif"
+        for path, pixels, how in ((paths[0], image, "jpeg"), (paths[1], mask, "deflate")):
+            whole = np.tile(pixels, (times, times, 1)[: pixels.ndim])[:SLIDE_SIDE, :SLIDE_SIDE]
+            photometric = "rgb" if whole.ndim == 3 else "minisblack"
+            tifffile.imwrite(path, whole, tile=(256, 256), compression=how, photometric=photometric)
+        pairs.append(Pair(f"{number}", *paths))
+    return pairs
+
+
+def load_ours(pairs: Sequence[Pair], preset: str, size: int, crops: int, row: str) -> Iterator[int]:
     """Samples in each batch that our loader makes in this process; crops 0: whole images resized."""
-    statistics: dict[str, Any] = {"mean": (120.0,) * 3, "std": (60.0,) * 3}
+    _, kind, channels = FILES.get(row, FILES["tif"])
+    statistics: dict[str, Any] = {"mean": (0.5 * TOPS[kind],) * channels, "std": (0.2 * TOPS[kind],) * channels}
     config = ModelConfig(
         architecture="unet",
         encoder="resnet18",
         labels=(1,),
         class_names=("background", "1"),
-        channels=("R", "G", "B"),
+        channels=tuple("RGBNM"[:channels]),
         geometry=Geometry("crops", (size, size), tile=2 * size) if crops else Geometry("resize", (size, size)),
         **statistics,
     )
-    data = TrainingSet(
-        pairs, ClassMap((1,), config.class_names), config, Augmentation(preset, rgb=True, value_range=(0, 255))
+    augmentation = Augmentation(preset, rgb=channels == 3, value_range=(0, TOPS[kind]))
+    data = TrainingSet(pairs, ClassMap((1,), config.class_names), config, augmentation)
+    quota = 0.33 if crops else 0
+    sampler = EpochSampler(
+        [(1,)] * len(pairs), crops=max(1, crops), quota=quota, seed=0, slides=[row == SLIDE] * len(pairs)
     )
-    sampler = EpochSampler([(1,)] * len(pairs), crops=max(1, crops), quota=0.33 if crops else 0, seed=0)
     for batch in TrainingBatches(data, sampler, batch=4, workers=0, pin=False):
         yield len(batch.names)
 
@@ -253,27 +283,37 @@ def measure_files(args: argparse.Namespace) -> None:
     """Print the table of samples a second and worker."""
     count = max(2, args.images // 8)
     print(f"samples of {args.size} px a second and worker; files of {args.source} px, {count} of each format")
-    print(f"{'preset':<11}{'geometry':<12}{'files':<8}{'ours':>8}{'plain':>9}{'ratio':>8}")
+    print(f"{'preset':<11}{'geometry':<12}{'files':<17}{'ours':>8}{'plain':>9}{'ratio':>8}")
     with tempfile.TemporaryDirectory() as folder:
-        files = {kind: write_files(Path(folder), kind, args.source, count) for kind in (".png", ".jpg", ".tif")}
+        files = {name: write_files(Path(folder), name, args.source, count) for name in FILES}
+        files[SLIDE] = write_slides(Path(folder), args.source, 2)
         for preset in args.only:
             for crops in (0, args.crops):
-                for kind, pairs in files.items():
-                    name = f"{args.crops} crops" if crops else "resize"
-                    own, listed = _rates(pairs, preset, args.size, crops)
-                    row = f"{preset:<11}{name:<12}{kind[1:]:<8}{own:>8.1f}{listed:>9.1f}{own / listed:>8.1f}"
-                    print(row, flush=True)
+                for name, pairs in files.items():
+                    if name == SLIDE and not crops:
+                        continue
+                    own, listed = _rates(pairs, preset, args.size, crops, name)
+                    geometry = f"{args.crops} crops" if crops else "resize"
+                    ratio = _number(own / listed, 8)
+                    print(f"{preset:<11}{geometry:<12}{name:<17}{own:>8.1f}{_number(listed)}{ratio}", flush=True)
 
 
-def _rates(pairs: Sequence[Pair], preset: str, size: int, crops: int) -> tuple[float, float]:
-    """Samples a second of ours and of the plain way, a pair of files at a time in turns."""
+def _rates(pairs: Sequence[Pair], preset: str, size: int, crops: int, row: str) -> tuple[float, float]:
+    """Samples a second of ours and of the plain way, a pair of files at a time in turns; NaN where it takes none."""
     seconds, samples = np.zeros(2), np.zeros(2)
+    ways: list[Callable[[Sequence[Pair]], Iterator[int]]] = [
+        lambda part: load_ours(part, preset, size, crops, row),
+        lambda part: load_plain(part, preset, size, crops),
+    ]
+    if row == SLIDE:
+        sum(ways[0](pairs))  # where its classes lie is found once and kept
     for start in range(0, len(pairs) - 1, 2):
-        for place, load in enumerate((load_ours, load_plain)):
+        for place, load in enumerate(ways if row in PLAIN else ways[:1]):
             begin = time.perf_counter()
-            samples[place] += sum(load(pairs[start : start + 2], preset, size, crops))
+            samples[place] += sum(load(pairs[start : start + 2]))
             seconds[place] += time.perf_counter() - begin
-    return tuple((samples / seconds).tolist())
+    with np.errstate(invalid="ignore"):
+        return tuple((samples / seconds).tolist())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
