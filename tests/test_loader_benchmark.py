@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+import slide_windows
 from augmentations import PRESETS
 from benchmarks import loader
 
@@ -20,12 +21,20 @@ def test_presets_are_timed_beside_the_plain_lists(capsys):
     assert ("medium", "uint16", "x3") in refused and ("medium", "uint8", "x3") not in refused
 
 
-def test_files_become_samples_both_ways(capsys):
+def test_files_become_samples_both_ways(capsys, monkeypatch):
+    monkeypatch.setattr(loader, "SLIDE_SIDE", 256)
+    monkeypatch.setattr(slide_windows, "SLIDE_PIXELS", 20_000)
     words = ["files", "--only", "safe", "--images", "16", "--size", "32", "--source", "64", "--crops", "2"]
     loader.main(words)
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
-    assert len(rows) == 6 and {row[-4] for row in rows} == {"png", "jpg", "tif"}
-    assert all(float(value) > 0 for row in rows for value in row[-3:])
+    lines = capsys.readouterr().out.splitlines()[2:]
+    rows = [(line[11:23].strip(), line[23:40].strip(), *line[40:].split()) for line in lines]
+    assert [row[:2] for row in rows] == [
+        *(("resize", name) for name in loader.FILES),
+        *(("2 crops", name) for name in (*loader.FILES, "slide")),
+    ]
+    assert all(float(row[2]) > 0 for row in rows)
+    assert {row[1] for row in rows if row[3] != "-"} == {"png", "jpg", "tif"}, "it takes no others"
+    assert all(float(value) > 0 for row in rows if row[3] != "-" for value in row[3:])
 
 
 @pytest.mark.parametrize("preset", PRESETS)
