@@ -6,5 +6,5 @@ python="$(bash setup.sh --dev)"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # two test processes share the cores
 "$python" -m ruff check .
 "$python" -m ruff format --check .
-"$python" -m mypy ./*.py annotation benchmarks dataset_utils networks
+"$python" -m mypy ./*.py annotation benchmarks dataset_utils networks selfsupervised
 exec "$python" -m pytest -n 2 "$@"
