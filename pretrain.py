@@ -236,8 +236,8 @@ def build_method(args: argparse.Namespace, channels: int, windows: int, *, fresh
     import torch
 
     import model
+    from gathering import gather_statistics
     from selfsupervised import methods
-    from selfsupervised.gathering import gather_statistics
 
     torch.manual_seed(args.seed)
     encoder = build_encoder(args, channels)

@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from gathering import sum_over
+
 Result = TypeVar("Result")
 
 STEP_LIMIT = timedelta(minutes=20)  # for the sums of a step; a process that hangs for longer ends all
@@ -95,20 +97,6 @@ class Processes:
 ALONE = Processes()
 
 
-class _SumOverProcesses(torch.autograd.Function):
-    """The sum over processes; its gradient is multiplied by their number, by which DDP divides the mean gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:  # noqa: D102
-        total = values.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # noqa: D102
-        return gradient * dist.get_world_size()
-
-
 class Several(Processes):
     """This process among several that torchrun started.
 
@@ -163,8 +151,7 @@ class Several(Processes):
         """
 
         def together(logits: Tensor, mask: Tensor) -> Tensor:
-            total: Any = _SumOverProcesses.apply(loss.sums(logits, mask))
-            return loss.from_sums(total)
+            return loss.from_sums(sum_over(loss.sums(logits, mask)))
 
         return together
 

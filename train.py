@@ -189,6 +189,7 @@ def build_network(args: argparse.Namespace, data: Data, *, fresh: bool) -> tuple
     import model
     import weights
     from checkpoint import load_checkpoint
+    from gathering import gather_statistics
     from networks.single_values import tolerate_single_values
 
     torch.manual_seed(args.seed)
@@ -208,7 +209,7 @@ def build_network(args: argparse.Namespace, data: Data, *, fresh: bool) -> tuple
         for message in weights.encoder_file_differences(args.encoder_weights, config, config.geometry):
             print(f"warning: {message}")
     if args.sync_bn:
-        network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        network = gather_statistics(network)
     tolerate_single_values(network)
     print(f"{args.model} {args.encoder}: {model.count_parameters(network) / 1e6:.2f} M parameters")
     return network, config

@@ -121,7 +121,7 @@ def add_optimisation_args(parser: argparse.ArgumentParser) -> None:
         help="score and keep a moving average of the weights, such as 0.999",
     )
     group.add_argument("--amp", choices=("no", "bf16", "fp16"), default="no", help="precision inside autocast")
-    cli.add_switch(group, "--sync-bn", help="batch normalisation over the batches of all processes, on GPUs")
+    cli.add_switch(group, "--sync-bn", help="batch normalisation over the batches of all processes")
     group.add_argument("--accumulate", type=cli.positive_int, default=1, metavar="N", help="batches for one step")
     group.add_argument(
         "--clip", type=cli.not_negative, default=0, metavar="X", help="largest gradient norm; 0: no limit"
@@ -332,8 +332,6 @@ def check_processes(args: argparse.Namespace, device: str, processes: Any) -> No
             f"-b {args.batch} is the batch of all {processes.world} processes together, so some would have nothing to "
             f"learn from; give -b {processes.world} or more, or start fewer processes"
         )
-    if args.sync_bn and device == "cpu":
-        raise cli.UsageError("--sync-bn: PyTorch joins batches on GPUs only; leave it out, each process has its own")
 
 
 def check_validation_flags(args: argparse.Namespace) -> None:

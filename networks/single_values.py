@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from gathering import GatheredBatchNorm, count_processes
+
 
 def tolerate_single_values(model: nn.Module) -> None:
     """Let normalisation layers that see one value per channel in training use running statistics for that step.
@@ -61,7 +63,7 @@ class SingleValueGuard:
             return False
         if isinstance(layer, _InstanceNorm):
             return values.ndim > 2 and values.shape[2:].numel() == 1
-        many = isinstance(layer, nn.SyncBatchNorm) and torch.distributed.is_initialized()
+        many = isinstance(layer, GatheredBatchNorm) and count_processes() > 1
         return values.ndim > 1 and values.numel() == values.shape[1] and not many
 
 

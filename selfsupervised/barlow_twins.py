@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from selfsupervised.gathering import in_full, sum_over
+from gathering import in_full, sum_over
 from selfsupervised.heads import build_head, pooled_features
 from selfsupervised.interface import Method, Step
 

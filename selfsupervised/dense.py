@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gathering import in_full, sum_over
 from selfsupervised.barlow_twins import WHY_NOT, barlow_loss
 from selfsupervised.encoders import feature_maps
-from selfsupervised.gathering import in_full, sum_over
 from selfsupervised.heads import build_head, pool
 from selfsupervised.interface import Method, MethodOptions, Step
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from gathering import GatheredBatchNorm
 from selfsupervised.encoders import feature_maps
-from selfsupervised.gathering import GatheredBatchNorm
 
 
 def build_head(features: int, widths: Sequence[int], *, norm: bool = True, norm_last: bool = False) -> nn.Sequential:

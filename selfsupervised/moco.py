@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from selfsupervised.gathering import gather_over, in_full
+from gathering import gather_over, in_full
 from selfsupervised.heads import build_head, pooled_features
 from selfsupervised.interface import Method, MethodOptions, Step
 from selfsupervised.teacher import STATISTICS_BATCHES, Teacher

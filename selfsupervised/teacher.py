@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from selfsupervised.gathering import count_processes, sum_over
+from gathering import count_processes, sum_over
 from selfsupervised.heads import pooled_features
 
 STATISTICS_BATCHES = 8  # for the teacher's first statistics

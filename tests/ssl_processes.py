@@ -16,8 +16,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from gathering import GatheredBatchNorm, gather_over, gather_statistics, sum_over
 from selfsupervised.encoders import build_encoder
-from selfsupervised.gathering import GatheredBatchNorm, gather_over, gather_statistics, sum_over
 from selfsupervised.interface import METHODS, MethodOptions
 from selfsupervised.methods import build_method
 

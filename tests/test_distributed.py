@@ -346,6 +346,7 @@ RUNS = {  # images, words
         ["--loss", "0.5*ce+0.5*jaccard", "-b", 3, "--ema", 0.9, "--freeze-encoder", 1, "--accumulate", 2, *SGD],
     ),
 }
+GATHERED = ["--loss", "dice", "-b", 3, "--encoder", "plain-8", *SGD]  # batches of 3, 3, 2: parts differ
 LONGER = {
     f"{loss}-{images}-{batch}": (images, ["--loss", loss, "-b", batch, *more, *SGD])
     for loss in ("bce", "dice", "jaccard", "tversky", "focal", "0.3*ce+0.7*dice")
@@ -384,6 +385,10 @@ def runs(tmp_path_factory):
     jobs["resumed1"] = (1, again)
     once = [*words_for(data[7], logs, "batchnorm", "-b", 3), "-e", "1"]
     jobs["batchnorm"] = (2, [*once, "--encoder", "plain-8", "-w", "2"])
+    for world, more in ((1, []), (2, ["--sync-bn"])):
+        gathered = words_for(data[8], logs, f"gathered{world}", *GATHERED, "--roi-dir", "fov", *more)
+        jobs[f"gathered{world}"] = (world, gathered)
+    jobs["apart2"] = (2, [*words_for(data[8], logs, "apart2", *GATHERED, "--roi-dir", "fov"), "-e", "1"])
     jobs["few"] = (2, words_for(data[7], logs, "few", "-b", 1))
     jobs["unknown"] = (2, words_for(data[7], logs, "unknown", "--loss", "nothing"))
     jobs["misspelt"] = (2, words_for(data[7], logs, "misspelt", "--los", "bce"))
@@ -444,6 +449,14 @@ def test_two_processes_train_as_one(runs, name):
     folder, statuses = runs
     assert statuses[f"{name}1"] == [0] and statuses[f"{name}2"] == [0, 0], said(folder, f"{name}2", 0, 2)
     assert_same_run(folder / "logs", f"{name}1", f"{name}2")
+
+
+def test_gathered_statistics_make_batch_normalisation_that_of_one_process(runs):
+    folder, statuses = runs
+    assert statuses["gathered1"] == [0] and statuses["gathered2"] == [0, 0], said(folder, "gathered2", 0, 2)
+    assert_same_run(folder / "logs", "gathered1", "gathered2")
+    with pytest.raises(AssertionError):  # without them it is another
+        assert_near(*(read_rows(folder / "logs" / name)[:1] for name in ("gathered1", "apart2")))
 
 
 @pytest.mark.slow
@@ -551,7 +564,6 @@ def several(world=2):
     ("device", "world", "changes", "message"),
     [
         ("cpu", 1, {"sync_bn": True}, "start them with torchrun"),
-        ("cpu", 2, {"sync_bn": True}, "on GPUs only"),
         ("mps", 2, {}, "each process takes a GPU of its own"),
         ("cuda:1", 2, {}, "each process takes a GPU of its own"),
         ("cuda", 99, {"batch": 99}, "99 processes on a machine with"),

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 FLOORS = (
-    {"image_headers", "settings", "tables"},
+    {"gathering", "image_headers", "settings", "tables"},
     {"tiff_io"},
     {"image_io", "metrics", "networks", "object_metrics", "spool"},
     {

@@ -9,9 +9,9 @@ import ssl_processes
 import torch
 from torch import nn
 
+from gathering import GatheredBatchNorm, gather_over, gather_statistics, sum_over
 from model import build_model
 from selfsupervised.encoders import build_encoder
-from selfsupervised.gathering import GatheredBatchNorm, gather_over, gather_statistics, sum_over
 from selfsupervised.interface import METHODS
 
 

@@ -3,7 +3,8 @@
 Every process has a part of the batch and a copy of the weights; what is minimised is the mean of their losses. The
 gradient of a gathered value is therefore the sum of what arrives in all processes, and the mean of gradients over
 processes, which DDP takes, is the gradient of the loss of the whole batch: for a loss that every process computes in
-full from gathered values (Barlow Twins) as well as for one that is the mean over its own rows (MoCo).
+full from gathered values (Barlow Twins, sums of a segmentation loss) as well as for one that is the mean over its own
+rows (MoCo), and for statistics in the middle of a network.
 
 With one process, or without torch.distributed, everything here is the identity and batch normalisation is PyTorch's.
 """
@@ -71,8 +72,8 @@ def _added(values: Tensor) -> Tensor:
 class GatheredBatchNorm(_BatchNorm):
     """Batch normalisation of (N, C) or (N, C, ...) by the statistics of the samples of all processes.
 
-    Unlike PyTorch's SyncBatchNorm it works on a CPU. N must be equal in all processes. Modules below it, such as the
-    activation inside timm's layers, are applied to what it returns, in their order.
+    Unlike PyTorch's SyncBatchNorm it works on a CPU, and modules below it, such as the activation inside timm's layers,
+    are applied to what it returns, in their order. N may differ between processes.
 
     Reference: Ioffe and Szegedy 2015, https://arxiv.org/abs/1502.03167
     """
@@ -94,12 +95,13 @@ class GatheredBatchNorm(_BatchNorm):
         exact = in_full(values)
         others = [0, *range(2, values.ndim)]
         spread, middle = torch.var_mean(exact, dim=others, correction=0)  # (C,) of this process
-        middles, spreads = gather_over(torch.stack((middle, spread))[None]).unbind(1)  # (processes, C)
-        mean = middles.mean(0)
-        variance = (spreads + (middles - mean).square()).mean(0)
-        count = values.numel() // values.shape[1] * count_processes()
+        number = torch.full_like(middle, values.numel() // values.shape[1])
+        middles, spreads, numbers = gather_over(torch.stack((middle, spread, number))[None]).unbind(1)  # (processes, C)
+        count = numbers.sum(0)
+        mean = (numbers * middles).sum(0) / count
+        variance = (numbers * (spreads + (middles - mean).square())).sum(0) / count
         if self.training and self.track_running_stats:
-            self._follow(mean.detach(), variance.detach() * (count / max(1, count - 1)))
+            self._follow(mean.detach(), variance.detach() * (count / (count - 1).clamp_min(1)))
         shape = (1, -1, *[1] * (values.ndim - 2))
         scale = torch.rsqrt(variance + self.eps)
         if self.weight is not None:
