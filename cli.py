@@ -290,6 +290,12 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
 
 def add_label_args(group: argparse._ArgumentGroup) -> None:
     """Add the channels beside those of the images, and what mask labels mean."""
+    add_channel_args(group)
+    add_class_args(group)
+
+
+def add_channel_args(group: argparse._ArgumentGroup) -> None:
+    """Add the channels beside those of the images."""
     group.add_argument(
         "--add-dirs",
         nargs="+",
@@ -298,7 +304,6 @@ def add_label_args(group: argparse._ArgumentGroup) -> None:
         metavar="NAME",
         help="folders beside images/ with an extra channel each",
     )
-    add_class_args(group)
 
 
 def add_class_args(group: argparse._ArgumentGroup) -> None:

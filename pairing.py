@@ -258,9 +258,9 @@ def list_pairs(
             f"{folder / 'images'} holds no images; expected png, jpg, tif, bmp, gif or webp files, or slides"
         )
     mask_dir = next((name for name in MASK_DIRS if (folder / name).is_dir()), None)
-    beside = {name: _list_beside(folder, name) for name in add_dirs}
+    beside = {name: list_beside(folder / "images", name) for name in add_dirs}
     if roi_dir:
-        beside[roi_dir] = _list_beside(folder, roi_dir, SHAPE_SUFFIXES[:1])
+        beside[roi_dir] = list_beside(folder / "images", roi_dir, SHAPE_SUFFIXES[:1])
     if mask_dir:
         beside[mask_dir] = _list_masks(folder / mask_dir, images)
     unknown: frozenset[str] = frozenset()
@@ -280,14 +280,20 @@ def list_pairs(
         for stem, path in images.items()
         if all(stem in found for found in beside.values())
     ]
-    errors = [message for name, found in beside.items() for message in _unpaired(folder, name, images, found)]
+    errors = [message for name, found in beside.items() for message in unpaired(folder / "images", name, images, found)]
     return Listing(folder, pairs, errors, has_masks=mask_dir is not None, unknown_ids=unknown)
 
 
-def _list_beside(folder: Path, name: str, more: Sequence[str] = ()) -> dict[str, Path]:
-    if not (folder / name).is_dir():
-        raise DatasetError(f"no folder {folder / name}, asked for as {name!r}; expected beside {folder / 'images'}")
-    return list_images(folder / name, (*SLIDE_SUFFIXES, *more))
+def list_beside(images_dir: Path, name: str, more: Sequence[str] = ()) -> dict[str, Path]:
+    """The files by stem of the folder `name` beside a folder of images; more: suffixes that count as well.
+
+    Raises:
+        DatasetError: there is no such folder.
+    """
+    folder = images_dir.parent / name
+    if not folder.is_dir():
+        raise DatasetError(f"no folder {folder}, asked for as {name!r}; expected beside {images_dir}")
+    return list_images(folder, (*SLIDE_SUFFIXES, *more))
 
 
 def _list_masks(folder: Path, images: dict[str, Path]) -> dict[str, Path]:
@@ -383,13 +389,14 @@ def _siblings(folder: Path) -> list[Path]:
     return [path for path in others if path.is_dir()]
 
 
-def _unpaired(folder: Path, name: str, images: dict[str, Path], found: dict[str, Path]) -> list[str]:
-    messages = []
-    for have, lack, left, right in (("images", name, images, found), (name, "images", found, images)):
+def unpaired(images_dir: Path, name: str, images: dict[str, Path], found: dict[str, Path]) -> list[str]:
+    """What is wrong where images and the files found in the folder `name` beside them, by stem, are not the same."""
+    messages, beside = [], images_dir.parent / name
+    for have, lack, left, right in ((images_dir, beside, images, found), (beside, images_dir, found, images)):
         missing = sorted(left.keys() - right.keys())
         if missing:
             messages.append(
-                f"{len(missing)} of {len(left)} files in {folder / have} have no partner in {folder / lack}, "
+                f"{len(missing)} of {len(left)} files in {have} have no partner in {lack}, "
                 f"first: {missing[0]!r}. Files pair by stem."
             )
     return messages

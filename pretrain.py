@@ -108,9 +108,9 @@ def prepare_data(args: argparse.Namespace, run_dir: Path) -> Data:
     from slide_windows import SlideOptions
     from tables import format_csv
 
-    pairs = find_images(options.image_words(args))
+    pairs = find_images(options.image_words(args), args.add_dirs)
     slides, said = choose_tissue(pairs, SlideOptions(args.mpp or 0.0, args.reduce or 1.0), args.tissue)
-    found = check_images(pairs, steps=args.preprocess, slides=slides, progress=True)
+    found = check_images(pairs, add_dirs=args.add_dirs, steps=args.preprocess, slides=slides, progress=True)
     if found.left_out:
         path = run_dir / "unreadable.csv"
         rows = [{"file": str(file), "reason": reason} for file, reason in found.left_out]
@@ -147,7 +147,7 @@ def build_batches(args: argparse.Namespace, data: Data, device: str, processes: 
     from selfsupervised.images import ViewBatches
     from selfsupervised.views import auto_views
 
-    preset = auto_views(len(data.found.channels)) if args.views == "auto" else args.views
+    preset = auto_views(data.found.channels) if args.views == "auto" else args.views
     batches = ViewBatches(
         build_views(args, data, preset),
         batch=args.batch,
@@ -362,6 +362,7 @@ def build_probes(args: argparse.Namespace, data: Data) -> list[Any]:
             slides=data.slides,
             tissue=args.tissue,
             seed=args.seed,
+            add_dirs=tuple(args.add_dirs),
         )
     )
     for message in probe.warnings:
@@ -404,8 +405,9 @@ def finish(args: argparse.Namespace, run: Any) -> None:
     if path.is_file():
         name = architecture_for(args.encoder)
         print(f"\nencoder: {path}")
-        weights = f"--encoder-weights {shlex.quote(str(path))}"
-        print(f"train with it: python train.py -d DATASET -m {name} --encoder {args.encoder} {weights}")
+        more = ["--add-dirs", *args.add_dirs] if args.add_dirs else []
+        words = shlex.join(["--encoder", args.encoder, "--encoder-weights", str(path), *more])
+        print(f"train with it: python train.py -d DATASET -m {name} {words}")
     print(f"tensorboard --logdir {shlex.quote(str(args.log_dir))}")
 
 

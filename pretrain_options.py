@@ -25,6 +25,7 @@ def add_image_args(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folders of images or slides, files or globs; of a folder that holds images/ that one is meant, never gt/",
     )
+    cli.add_channel_args(group)
     group.add_argument(
         "--preprocess", nargs="+", choices=("clahe", "denoise", "stretch"), default=[], help="steps before statistics"
     )

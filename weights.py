@@ -60,7 +60,7 @@ def load_encoder_weights(model: nn.Module, source: str, *, in_channels: int) -> 
     stored = _encoder_part(_unwrap(payload, str(path)))
     target = _state(encoder)
     matched = _match(target, stored, {key.removeprefix("encoder.") for key in image_convs(model)})
-    described = payload["config"] if isinstance(payload.get("config"), Mapping) else payload
+    described = _described(payload)
     made_for, name = described.get("encoder"), getattr(model, "encoder_name", None)
     missing = [key for key in _counted(target) if key not in matched.pairs]
     if isinstance(made_for, str) and name and made_for.removeprefix("tu-") != name.removeprefix("tu-") and missing:
@@ -77,10 +77,11 @@ def load_encoder_weights(model: nn.Module, source: str, *, in_channels: int) -> 
 
 
 def encoder_file_differences(source: str, images: Any, scale: Any) -> list[str]:
-    """How the images that an encoder file of pretrain.py was made from differ from those that are learned from now.
+    """How the images that an encoder of pretrain.py was made from differ from those that are learned from now.
 
     Args:
-        source: as of load_encoder_weights; published weights and other files have no differences that are known.
+        source: as of load_encoder_weights, the last_checkpoint of a pretraining too; published weights and other files
+            have no differences that are known.
         images: what has their channels, dtype and preprocess: ModelConfig, or Description of the next pretraining.
         scale: what has the reduction and mpp of slides: Geometry, or Description.
 
@@ -89,19 +90,25 @@ def encoder_file_differences(source: str, images: Any, scale: Any) -> list[str]:
     """
     path = Path(source).expanduser()
     payload = _read_weights(path) if path.is_file() else {}
-    if "encoder_state_dict" not in payload or "method" not in payload:
+    described = _described(payload)
+    if not ("encoder_state_dict" in payload or "pretraining" in payload) or "method" not in described:
         return []
     pairs = {
-        what: (_listed(payload.get(key, "")), _listed(getattr(images, key)))
+        what: (_listed(described.get(key, "")), _listed(getattr(images, key)))
         for key, what in (("channels", "channels"), ("dtype", "pixel type"), ("preprocess", "preprocessing"))
     }
-    before = _scale(payload.get("reduction", 1.0), payload.get("mpp", 0.0))
+    before = _scale(described.get("reduction", 1.0), described.get("mpp", 0.0))
     pairs["the scale"] = before, _scale(scale.reduction, scale.mpp)
     return [
         f"{path} was pretrained on images with {what} {old}, these have {new}: its weights may help less"
         for what, (old, new) in pairs.items()
         if old != new
     ]
+
+
+def _described(payload: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a file says of its network: in an entry of its own, as checkpoints and states of runs, or beside it."""
+    return next((payload[key] for key in ("config", "pretraining") if isinstance(payload.get(key), Mapping)), payload)
 
 
 def _listed(value: str | Sequence[str]) -> str:

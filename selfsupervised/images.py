@@ -21,7 +21,7 @@ from dataset import POOL_BYTES, EpochSampler, Slot, load_image
 from facts import PairFacts
 from image_io import IMAGE_SUFFIXES, ImageError, file_stem, normalise
 from normalisation import Statistics, channel_names
-from pairing import SLIDE_SUFFIXES, DatasetError, Pair
+from pairing import SLIDE_SUFFIXES, DatasetError, Pair, list_beside, unpaired
 from scan import find_problems, scan_pairs
 from selfsupervised.views import ViewMaker
 from shared_batches import SharedBatches
@@ -39,20 +39,22 @@ DRAWS = 20  # windows of an image with gaps that are tried until the middle of o
 # Files
 
 
-def find_images(words: Sequence[Path]) -> list[Pair]:
+def find_images(words: Sequence[Path], add_dirs: Sequence[str] = ()) -> list[Pair]:
     """The images that --images names, each once, by name.
 
     Args:
         words: files, and folders: of one that holds images/ that is meant, so a labelled split gives its images alone.
             Folders inside a folder are not searched.
+        add_dirs: folders beside that of the images with one extra channel each, paired by stem as in pairing.
 
     Returns:
         Pairs without masks. Their names are the stems of the files, with the folder before it where two are the same.
 
     Raises:
-        DatasetError: a word that is no file or folder, or a folder without images.
+        DatasetError: a word that is no file or folder, a folder without images, or an image without its extra channels.
     """
     paths = list({path.resolve(): path for word in words for path in _images_of(Path(word))}.values())
+    extras = _find_extras(words, paths, add_dirs) if add_dirs else {}
     stems = Counter(file_stem(path) for path in paths)
     named: dict[str, Path] = {}
     for path in paths:
@@ -63,7 +65,41 @@ def find_images(words: Sequence[Path]) -> list[Pair]:
             number += 1
             name = f"{wanted}-{number}"
         named[name] = path
-    return [Pair(name, path) for name, path in sorted(named.items())]
+    return [Pair(name, path, extras=extras.get(path, ())) for name, path in sorted(named.items())]
+
+
+def _find_extras(words: Sequence[Path], paths: Sequence[Path], add_dirs: Sequence[str]) -> dict[Path, tuple[Path, ...]]:
+    """The extra channels of each image. Of folders that are taken whole, no extra channel may be left over either."""
+    whole = {_folder_of(Path(word)).resolve() for word in words if Path(word).is_dir()}
+    folders: dict[Path, tuple[Path, dict[str, Path]]] = {}
+    errors = []
+    for path in paths:
+        folder = path.parent if path.parent.name not in ("", "..") else path.parent.resolve()  # one with a parent
+        _, images = folders.setdefault(folder.resolve(), (folder, {}))
+        other = images.setdefault(file_stem(path), path)
+        if other != path:
+            errors.append(
+                f"{other} and {path} have one stem, by which the files of {' '.join(add_dirs)} pair with them; "
+                "expected one image for each stem: rename or remove one"
+            )
+    extras = {}
+    for real, (folder, images) in folders.items():
+        beside = []
+        for name in add_dirs:
+            found = list_beside(folder, name)
+            wanted = found if real in whole else {stem: path for stem, path in found.items() if stem in images}
+            errors += unpaired(folder, name, images, wanted)
+            beside.append(found)
+        for stem, path in images.items():
+            extras[path] = tuple(found[stem] for found in beside if stem in found)
+    if errors:
+        raise DatasetError("\n".join(errors))
+    return extras
+
+
+def _folder_of(word: Path) -> Path:
+    """The folder of images that a folder of --images means."""
+    return word / "images" if (word / "images").is_dir() else word
 
 
 def _images_of(word: Path) -> list[Path]:
@@ -71,7 +107,7 @@ def _images_of(word: Path) -> list[Path]:
         return [word]
     if not word.is_dir():
         raise DatasetError(f"no file or folder {word}; expected images, or a folder that holds them: check --images")
-    folder = word / "images" if (word / "images").is_dir() else word
+    folder = _folder_of(word)
     found = [
         path
         for path in sorted(folder.iterdir(), key=lambda path: path.name)
@@ -117,6 +153,7 @@ class CheckedImages:
 def check_images(
     pairs: Sequence[Pair],
     *,
+    add_dirs: Sequence[str] = (),
     steps: Sequence[str] = (),
     slides: SlideOptions = AS_STORED,
     workers: int | None = None,
@@ -126,29 +163,36 @@ def check_images(
 
     Grey images among RGB ones count as RGB of three equal channels.
 
+    Args:
+        add_dirs: names of the extra channels that the pairs have.
+
     Raises:
-        DatasetError: no image can be used, or they differ in channels or in pixel type.
+        DatasetError: no image can be used, they differ in channels or in pixel type, or an extra channel has another
+            size than its image.
     """
     facts = scan_pairs(pairs, steps=steps, slides=slides, workers=workers, progress=progress)
-    left_out = [(item.pair.image, _reason(item)) for item in facts if not item.has_data]
-    used = [item for item in facts if item.has_data]
+    broken = [(item, _broken(item)) for item in facts]
+    left_out = [why for _, why in broken if why]
+    used = [item for item, why in broken if not why]
     if not used:
         listed = "; ".join(why for _, why in left_out[:SHOWN])
         raise DatasetError(f"none of {len(facts)} images can be used; expected at least one. {listed}")
     used, notes = _greys_as_rgb(used)
     errors, warnings = find_problems([], used)
-    types = sorted({item.layers[0].dtype for item in used})
-    if len(types) > 1:
-        errors += [message for message in warnings if message.startswith("images differ in pixel types")]
+    errors += [message for message in warnings if message.startswith("images differ in pixel types")]
     if errors:
         raise DatasetError("\n".join(errors))
     if len(warnings) > SHOWN:
         warnings = [*warnings[:SHOWN], f"... and {len(warnings) - SHOWN} more of such warnings"]
-    return CheckedImages([item.pair for item in used], used, channel_names(used, ()), left_out, warnings, notes)
+    return CheckedImages([item.pair for item in used], used, channel_names(used, add_dirs), left_out, warnings, notes)
 
 
-def _reason(item: PairFacts) -> str:
-    return item.layers[0].error or f"{item.pair.image} has no pixel with data; check its nodata value"
+def _broken(item: PairFacts) -> tuple[Path, str] | None:
+    """The first file that keeps an image from being used, and what is wrong with it."""
+    for path, layer in zip(item.pair.layers, item.layers, strict=True):
+        if layer.error or not layer.pixels:
+            return path, layer.error or f"{path} has no pixel with data; check its nodata value"
+    return None
 
 
 def _greys_as_rgb(facts: list[PairFacts]) -> tuple[list[PairFacts], list[str]]:
@@ -160,7 +204,8 @@ def _greys_as_rgb(facts: list[PairFacts]) -> tuple[list[PairFacts], list[str]]:
     for item in facts:
         layer = item.layers[0]
         if item.channels == 1:
-            item = replace(item, layers=[replace(layer, channels=3, means=layer.means * 3, spreads=layer.spreads * 3)])
+            grey = replace(layer, channels=3, means=layer.means * 3, spreads=layer.spreads * 3)
+            item = replace(item, layers=[grey, *item.layers[1:]])
         spread.append(item)
     return spread, [f"{greys} of {len(facts)} images are grey; they are taken as RGB of three equal channels"]
 
@@ -172,14 +217,17 @@ def usual_range(statistics: Statistics) -> tuple[tuple[float, ...], tuple[float,
     range" would then drown everything. So the range ends at USUAL deviations from the mean. From 0 on it begins at 0.
     """
     low, high = statistics.value_range
-    if set(low) == {0.0} and set(high) == {255.0}:
-        return low, high
-    usual = [
-        (max(least, mean - USUAL * std) if least < 0 else least, min(most, mean + USUAL * std))
-        for least, most, mean, std in zip(low, high, statistics.mean, statistics.std, strict=True)
-    ]
-    ends = [end if end[0] < end[1] else pair for end, pair in zip(usual, zip(low, high, strict=True), strict=True)]
+    ends = [
+        _usual_ends(*values) for values in zip(low, high, statistics.mean, statistics.std, strict=True)
+    ]  # one for each channel
     return tuple(least for least, _ in ends), tuple(most for _, most in ends)
+
+
+def _usual_ends(least: float, most: float, mean: float, std: float) -> tuple[float, float]:
+    if (least, most) == (0.0, 255.0):
+        return least, most
+    low, high = max(least, mean - USUAL * std) if least < 0 else least, min(most, mean + USUAL * std)
+    return (low, high) if low < high else (least, most)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -299,9 +347,9 @@ class UnlabelledSet(Dataset[list[Sample]]):
 
     def _as_expected(self, image: np.ndarray, pair: Pair) -> np.ndarray:
         """The image with the channels of all: a grey one among RGB is RGB of equal channels."""
-        wanted = len(self.channels)
-        if image.shape[2] == 1 and wanted == 3:
-            return np.repeat(image, 3, axis=2)
+        wanted, extras = len(self.channels), len(pair.extras)
+        if image.shape[2] - extras == 1 and wanted - extras == 3:
+            return np.concatenate([np.repeat(image[:, :, :1], 3, axis=2), image[:, :, 1:]], axis=2)
         if image.shape[2] != wanted:
             raise ImageError(
                 f"{pair.image} has {image.shape[2]} channels, expected {wanted} ({' '.join(self.channels)})"

@@ -43,7 +43,7 @@ class ProbeOptions:
     root: a data set with train/ and val/; of one without val/ a part is held out by name, as train.py does.
     channels, mean, std (in raw units), preprocess, dtype: of the images that the encoder learns from. side: of the
     square windows. classes: what mask labels mean. head: a name of HEADS. slides: how slides are read. tissue: a rule,
-    or auto.
+    or auto. add_dirs: folders of the last channels, beside images/ here too.
     """
 
     root: Path
@@ -58,6 +58,7 @@ class ProbeOptions:
     slides: SlideOptions = AS_STORED
     tissue: str = "none"
     seed: int = 0
+    add_dirs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def _check(options: ProbeOptions) -> tuple[Checked, ClassMap, ModelConfig]:
         DatasetError: every message begins with the flag that named the data set.
     """
     try:
-        train, val, note = find_splits(options.root, FileOptions())
+        train, val, note = find_splits(options.root, FileOptions(options.add_dirs))
         slides, _ = choose_tissue(train.pairs, options.slides, options.tissue)
         checked = check_dataset(train, val, options.classes, steps=options.preprocess, slides=slides)
         classes = checked.raise_errors()
@@ -160,7 +161,7 @@ def _check(options: ProbeOptions) -> tuple[Checked, ClassMap, ModelConfig]:
         checked.warnings += prepare_slides(large, slides, classes)
     except DatasetError as error:
         raise DatasetError(f"--probe {options.root}: {error}") from error
-    found = checked.train[0].channels
+    found = checked.train[0].channels + len(options.add_dirs)
     if found != len(options.channels):
         raise DatasetError(
             f"--probe {options.root}: its images have {found} channels, expected {len(options.channels)} "
@@ -179,6 +180,7 @@ def _check(options: ProbeOptions) -> tuple[Checked, ClassMap, ModelConfig]:
         mean=options.mean,
         std=options.std,
         geometry=geometry,
+        add_dirs=options.add_dirs,
         preprocess=options.preprocess,
         tissue=slides.tissue,
     )

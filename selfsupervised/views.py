@@ -126,9 +126,9 @@ VIEW_PRESETS = {
 VIEWS = tuple(name for name in VIEW_PRESETS if name != "none")
 
 
-def auto_views(channels: int) -> str:
-    """The preset for images of which no more is known than their number of channels."""
-    return "natural" if channels == 3 else "multispectral"
+def auto_views(channels: Sequence[str]) -> str:
+    """The preset for images of which no more is known than the names of their channels."""
+    return "natural" if tuple(channels) == ("red", "green", "blue") else "multispectral"
 
 
 @dataclass(frozen=True)
@@ -182,8 +182,12 @@ class ViewMaker:
         if preset not in VIEW_PRESETS:
             raise ValueError(f"unknown view preset {preset!r}; expected one of {', '.join(VIEWS)}")
         self.name, self.preset, self.options = preset, VIEW_PRESETS[preset], options
-        self.changes = tuple(Augmentation("none", rgb=rgb, value_range=value_range) for _ in ("first", "second"))
-        self.changes[0].changes, self.changes[1].changes = self.preset.first, self.preset.second
+        # A preset is for RGB, and would leave channels beside it the same in both views: they would tell which belong
+        # together without a look at the rest. They get the changes of bands.
+        self.colours = slice(3 if rgb and preset != "multispectral" else None)
+        first, second = self.preset.first, self.preset.second
+        self.changes = [_changing(steps, value_range, self.colours, rgb=rgb) for steps in (first, second)]
+        self.others = _changing(MULTISPECTRAL if first else (), value_range, slice(3, None), rgb=False)
 
     def make_views(self, image: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Two views of a random window of an image.
@@ -328,10 +332,23 @@ class ViewMaker:
     def change(self, views: Sequence[np.ndarray], seed: int) -> list[np.ndarray]:
         """Change the values of both views, each for itself."""
         unmasked = np.zeros(views[0].shape[:2], np.uint8)
-        seeds = np.random.default_rng([seed, 2]).integers(0, 2**31, 2).tolist()
-        return [
-            values.local(view, unmasked, own)[0] for values, view, own in zip(self.changes, views, seeds, strict=True)
-        ]
+        seeds = np.random.default_rng([seed, 2]).integers(0, 2**31, 4).tolist()
+        changed = []
+        for view, values, own, other in zip(views, self.changes, seeds[:2], seeds[2:], strict=True):
+            colours = values.local(np.ascontiguousarray(view[..., self.colours]), unmasked, own)[0]
+            if colours.shape[2] < view.shape[2]:
+                rest = np.ascontiguousarray(view[..., colours.shape[2] :])
+                colours = np.concatenate([colours, self.others.local(rest, unmasked, other)[0]], axis=2)
+            changed.append(colours)
+        return changed
+
+
+def _changing(steps: tuple[Chance, ...], limits: tuple[Limit, Limit], channels: slice, *, rgb: bool) -> Augmentation:
+    """What changes the values of some of the channels."""
+    low, high = (limit if isinstance(limit, float | int) else limit[channels] for limit in limits)
+    changing = Augmentation("none", rgb=rgb, value_range=(low, high))
+    changing.changes = steps
+    return changing
 
 
 def _factor(matrix: np.ndarray) -> float:

@@ -317,8 +317,10 @@ def test_an_unknown_preset_is_refused_with_those_there_are():
 
 
 def test_the_preset_for_unknown_images():
-    assert [auto_views(channels) for channels in (1, 3, 4, 5)] == ["multispectral", "natural", *["multispectral"] * 2]
-    assert {auto_views(channels) for channels in range(1, 9)} <= set(VIEWS)
+    rgb = ("red", "green", "blue")
+    assert auto_views(rgb) == "natural"
+    for channels in (("grey",), ("grey", "nir", "depth"), (*rgb, "nir"), [f"band{k}" for k in range(1, 6)]):
+        assert auto_views(channels) == "multispectral"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
