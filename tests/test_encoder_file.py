@@ -96,12 +96,29 @@ def test_another_encoder_is_refused_by_name(tmp_path, encoder):
     ],
 )
 def test_what_differs_from_the_training_is_named(tmp_path, encoder, changes, words):
-    path = tmp_path / "e.pth"
+    path, state = tmp_path / "e.pth", tmp_path / "last_checkpoint"
     save_encoder(path, encoder.state_dict(), describe(), epochs=4)
+    checkpoint.write_content(state, state_of(encoder))
     training = config(**changes)
     lines = weights.encoder_file_differences(str(path), training, training.geometry)
     assert len(lines) == (1 if words else 0)
     assert all(word in lines[0] for word in words)
+    said = weights.encoder_file_differences(str(state), training, training.geometry)
+    assert said == [line.replace(str(path), str(state)) for line in lines]
+
+
+def state_of(encoder):
+    """What a run of pretraining goes on from, as far as an encoder is taken from it."""
+    tensors = {f"encoder.{key}": tensor for key, tensor in encoder.state_dict().items()}
+    return {"pretraining": describe().plain(), "model_state_dict": tensors}
+
+
+def test_the_state_of_a_run_with_another_encoder_is_refused_by_name(tmp_path, encoder):
+    path = tmp_path / "last_checkpoint"
+    checkpoint.write_content(path, state_of(encoder))
+    network = build_model("plain-unet", "plain-16", in_channels=3, num_logits=1)
+    with pytest.raises(ValueError, match="holds weights of encoder plain-8, the network has plain-16: pass --encoder"):
+        weights.load_encoder_weights(network, str(path), in_channels=3)
 
 
 def test_other_weights_have_no_known_differences(tmp_path, encoder):
