@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 STEP_LIMIT = timedelta(minutes=20)  # for the sums of a step; a process that hangs for longer ends all
 PATIENCE = timedelta(days=14)  # for what one process does alone, such as checking the data; one that dies is noticed
 NOTICED = 3.0  # seconds in which the system tells that a process has ended
-ERROR_KEY = "tessera/error"
+ERROR_KEY, TOLD_KEY = "tessera/error", "tessera/told"
 AGAIN = "the same command goes on from the last finished epoch"
 
 
@@ -209,7 +209,18 @@ class Several(Processes):
                     f"process{'es' if len(ended) > 1 else ''} {names} of {self.world} ended without a word: killed, or "
                     f"the machine ran out of memory. The others end too; {AGAIN}"
                 )
-        return error if self._say_first(error) else None
+        mine = self._say_first(error)
+        if self.first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            self._keep_store()
+        return error if mine else None
+
+    def _keep_store(self) -> None:
+        """Wait for the others, who would not know without the store, which ends with this process, what was said."""
+        begin = time.monotonic()
+        while time.monotonic() - begin < NOTICED:
+            if self.store.add(TOLD_KEY, 0) + len(self.lost()) >= self.world:
+                return
+            time.sleep(0.05)
 
     def _said(self) -> str | None:
         """The rank of the process that has said why the run ends, and its words."""
@@ -222,6 +233,7 @@ class Several(Processes):
         """Whether no other process has said why the run ends; an error of one's own is said too."""
         try:
             said = self.store.compare_set(ERROR_KEY, "", f"{self.rank} {error}").decode()
+            self.store.add(TOLD_KEY, 1)
         except RuntimeError:
             return True
         rank, _, words = said.partition(" ")
