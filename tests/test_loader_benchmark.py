@@ -37,6 +37,20 @@ def test_files_become_samples_both_ways(capsys, monkeypatch):
     assert all(float(value) > 0 for row in rows if row[3] != "-" for value in row[3:])
 
 
+def test_only_the_library_may_refuse():
+    def fails(*_):
+        raise ValueError("no")
+
+    def works(image, mask, _):
+        return image, mask
+
+    image, mask = loader.draw(8)
+    taken = loader.time_in_turns([works, fails], image, mask, 2)
+    assert np.isfinite(taken[:, 0]).all() and np.isnan(taken[:, 1]).all()
+    with pytest.raises(ValueError, match="no"):
+        loader.time_in_turns([fails, works], image, mask, 2)
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_has_a_plain_list_that_runs(preset):
     image, mask = loader.draw(64)
