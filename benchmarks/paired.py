@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+SCORES = {"final": "IoU", "settled": "re-estimated", "settled_each": "mean of images"}  # of a run: title in the table
+
 
 def draw_subset(kinds: Mapping[str, Sequence[str]], count: int, seed: int) -> list[str]:
     """Names of `count` images, of each kind its share of them but at least one; the same for the same seed.
@@ -53,24 +55,27 @@ def summarise(runs: Mapping[str, Sequence[Mapping[str, Any]]], base: str) -> lis
     """A row for each initialisation.
 
     Args:
-        runs: for each initialisation its runs {"curve": [[step, IoU], ...], "final": IoU}, those of one subset at one
-            place. base: the initialisation that the others are compared with.
+        runs: for each initialisation its runs, those of one subset at one place, each {"curve": [[step, IoU], ...]}
+            with a score for every one of SCORES. base: the initialisation that the others are compared with.
+
+    Returns:
+        For each {"name", "runs", and for each score {"mean", "spread"}}, and for all but the base the paired
+        differences of each score, "reached": steps to the final score of the base, and their median.
     """
     rows = []
     for name, own in runs.items():
-        finals = [run["final"] for run in own]
-        row: dict[str, Any] = {
-            "name": name,
-            "runs": len(own),
-            "iou": statistics.fmean(finals),
-            "spread": _spread(finals),
-        }
+        row: dict[str, Any] = {"name": name, "runs": len(own)}
+        for score in SCORES:
+            values, others = [run[score] for run in own], [run[score] for run in runs[base]]
+            row[score] = {"mean": statistics.fmean(values), "spread": _spread(values)}
+            if name != base:
+                gains = [value - other for value, other in zip(values, others, strict=True)]
+                row[score] |= {"gains": gains, "gain": statistics.fmean(gains), "gain_spread": _spread(gains)}
+                row[score] |= {"p": sign_flip_p(gains)}
         if name != base:
-            pairs = list(zip(own, runs[base], strict=True))
-            gains = [run["final"] - other["final"] for run, other in pairs]
+            pairs = zip(own, runs[base], strict=True)
             reached = [steps_to(run["curve"], other["final"]) for run, other in pairs]
-            row |= {"gains": gains, "gain": statistics.fmean(gains), "gain_spread": _spread(gains)}
-            row |= {"p": sign_flip_p(gains), "reached": reached, "median_reached": _median(reached)}
+            row |= {"reached": reached, "median_reached": _median(reached)}
         rows.append(row)
     return rows
 
@@ -91,17 +96,24 @@ def format_rows(rows: Sequence[Mapping[str, Any]], rates: Mapping[str, float], s
     Args:
         rates: learning rate of each initialisation. steps: of a whole run.
     """
-    lines = [
-        "| start | rate | IoU | difference | p | steps to the final score of random |",
-        "|---|---|---|---|---|---|",
-    ]
+    titles = [title for name in SCORES.values() for title in (name, "difference")]
+    heads = ["start", "rate", *titles, "steps to the final score of random"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in rows:
-        score = f"{100 * row['iou']:.1f} ± {100 * row['spread']:.1f}"
-        cells = [row["name"], f"{rates[row['name']]:g}", score, "", "", f"{steps}"]
-        if "gain" in row:
-            got, never = row["median_reached"], sum(step is None for step in row["reached"])
-            share = "not reached" if got is None else f"{got} ({got / steps:.0%})"
-            share += f", never in {never} of {row['runs']}" if never else ""
-            cells[3:] = [f"{100 * row['gain']:+.1f} ± {100 * row['gain_spread']:.1f}", f"{row['p']:.3f}", share]
+        cells = [row["name"], f"{rates[row['name']]:g}"]
+        for score in SCORES:
+            found = row[score]
+            cells.append(f"{100 * found['mean']:.1f} ± {100 * found['spread']:.1f}")
+            gain = f"{100 * found['gain']:+.1f} ± {100 * found['gain_spread']:.1f}" if "gain" in found else ""
+            cells.append(f"{gain} (p {found['p']:.2f})" if gain else "")
+        cells.append(_steps_cell(row, steps))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _steps_cell(row: Mapping[str, Any], steps: int) -> str:
+    if "reached" not in row:
+        return f"{steps}"
+    got, never = row["median_reached"], sum(step is None for step in row["reached"])
+    share = "not reached" if got is None else f"{got} ({got / steps:.0%})"
+    return share + (f", never in {never} of {row['runs']}" if never else "")
