@@ -188,7 +188,10 @@ def test_the_whole_of_it_tiny(tmp_path, quick, capsys):
     assert (tmp_path / "out" / "table.md").read_text() in shown
     for start in ("random", "moco"):
         assert f"| {start} | 0.003 | " in shown
-    check_pairing(InProcess.calls)
+    check_pairing([list(call) for call in InProcess.calls])
+    assert "The same with 2 steps, beside 4 from scratch:" in shown
+    halves = [call for call in InProcess.calls if "half_moco_2_0" in call]
+    assert [call[call.index("-e") + 1] for call in halves] == ["1"]
     content = json.loads((tmp_path / "out" / "results.json").read_text())
     rows = {row["name"]: row for row in content["tables"]["2"]}
     parts = [tmp_path / "out" / "parts" / f"train_{start}_2_0.json" for start in ("moco", "random")]
@@ -208,7 +211,9 @@ def test_the_whole_of_it_tiny(tmp_path, quick, capsys):
 
 def check_pairing(calls):
     """Runs of one subset differ in the encoder's weights, their rate and their names alone."""
-    trained = [call for call in calls if call[0] == "train.py" and "tune" not in call[call.index("--exp-name") + 1]]
+    trained = [
+        call for call in calls if call[0] == "train.py" and call[call.index("--exp-name") + 1].startswith("train")
+    ]
     assert len(trained) == 2
     for number, group in itertools.groupby(trained, key=lambda call: call[call.index("--seed") + 1]):
         kept = []
