@@ -134,7 +134,8 @@ def build_views(args: argparse.Namespace, data: Data, preset: str) -> Any:
     from selfsupervised.images import UnlabelledSet, usual_range
     from selfsupervised.views import ViewMaker, ViewOptions
 
-    shape = ViewOptions(options.side(args), args.window, args.views_from)
+    # Masked autoencoding guesses pixels: noise that was added could not be guessed, and hardly needs other changes.
+    shape = ViewOptions(options.side(args), args.window, args.views_from, values=args.method != "mae")
     maker = ViewMaker(preset, shape, rgb=data.found.rgb, value_range=usual_range(data.statistics))
     mean, std = data.statistics.mean, data.statistics.std
     return UnlabelledSet(
@@ -158,10 +159,9 @@ def build_batches(args: argparse.Namespace, data: Data, device: str, processes: 
         rank=processes.rank,
         world=processes.world,
     )
-    pairs = len(data.found.pairs) * args.crops
-    print(
-        f"views: {preset}, {options.side(args)} pixels; {pairs} pairs an epoch, {len(batches)} batches of {args.batch}"
-    )
+    pairs = f"{len(data.found.pairs) * args.crops} pairs an epoch, {len(batches)} batches of {args.batch}"
+    kept = ", values as they are" if args.method == "mae" else ""
+    print(f"views: {preset}{kept}, {options.side(args)} pixels; {pairs}")
     return batches
 
 
@@ -371,11 +371,11 @@ def build_probes(args: argparse.Namespace, data: Data) -> list[Any]:
     return [probe.score]
 
 
-def build_pictures(data: Data) -> list[Any]:
-    """What draws pictures for TensorBoard, as functions of the encoder, windows and names."""
+def build_pictures(data: Data) -> Any:
+    """What draws pictures for TensorBoard."""
     from selfsupervised.pictures import FeaturePictures
 
-    return [FeaturePictures(data.statistics.mean, data.statistics.std, dtype=data.dtype)]
+    return FeaturePictures(data.statistics.mean, data.statistics.std, dtype=data.dtype)
 
 
 def open_log(run_dir: Path, epoch: int, record: dict[str, Any]) -> Any:

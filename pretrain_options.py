@@ -7,11 +7,12 @@ from typing import Any
 
 import cli
 
-METHODS = ("barlow", "moco", "mocov3", "dense")  # of selfsupervised.interface, which takes seconds to import
+METHODS = ("barlow", "moco", "mocov3", "dense", "mae")  # of selfsupervised.interface, which takes seconds to import
 VIEWS = ("natural", "microscopy", "histology", "aerial", "multispectral")
 BASE_BATCH = 256  # that -lr is for
 # For BASE_BATCH: 1e-3 at 64, found on small networks; Barlow Twins; MoCo
 RATES = {"AdamW": 4e-3, "LARS": 0.2, "SGD": 0.03}
+MAE_RATE = 1e-3  # of AdamW for --method mae: vision transformers want less
 DECAYS = {"AdamW": 1e-4, "LARS": 1e-6, "SGD": 1e-4}
 
 
@@ -58,7 +59,12 @@ def add_image_args(parser: argparse.ArgumentParser) -> None:
 def add_method_args(parser: argparse.ArgumentParser) -> None:
     """Add the flags about the encoder and the method that trains it."""
     group = parser.add_argument_group("method")
-    group.add_argument("--method", choices=METHODS, default="barlow", help="how it learns; dense: places, not images")
+    group.add_argument(
+        "--method",
+        choices=METHODS,
+        default="barlow",
+        help="how it learns; dense: places, not images; mae: hidden patches of a vision transformer",
+    )
     group.add_argument("--encoder", default="resnet18", metavar="NAME", help="encoder of train.py: smp, timm, plain-N")
     group.add_argument(
         "--encoder-weights", default="none", metavar="W", help="start: none, imagenet (downloaded) or a file of weights"
@@ -104,6 +110,13 @@ def add_method_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dense-global", type=cli.share, default=0.5, metavar="X", help="dense: share of the loss of whole views"
     )
+    group.add_argument(
+        "--mask-share",
+        type=cli.inner_share,
+        default=0.75,
+        metavar="X",
+        help="mae: share of the patches that are hidden",
+    )
 
 
 def add_optimisation_args(parser: argparse.ArgumentParser) -> None:
@@ -118,7 +131,8 @@ def add_optimisation_args(parser: argparse.ArgumentParser) -> None:
         type=cli.positive_float,
         metavar="X",
         help=f"highest rate for a batch of {BASE_BATCH}, scaled by the batch of all processes; default: "
-        + ", ".join(f"{rate:g} for {name}" for name, rate in RATES.items()),
+        + ", ".join(f"{rate:g} for {name}" for name, rate in RATES.items())
+        + f", {MAE_RATE:g} for mae with AdamW",
     )
     group.add_argument(
         "--optim",
@@ -143,7 +157,7 @@ def add_optimisation_args(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--amp", choices=("no", "bf16", "fp16"), default="no", help="precision inside autocast")
     group.add_argument(
-        "--accumulate", type=cli.positive_int, default=1, metavar="N", help="batches for one step; moco alone"
+        "--accumulate", type=cli.positive_int, default=1, metavar="N", help="batches for one step; moco and mae alone"
     )
     group.add_argument(
         "--clip", type=cli.not_negative, default=0, metavar="X", help="largest gradient norm; 0: no limit"
@@ -216,7 +230,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise cli.UsageError(str(error)) from error
     if args.lr is None and args.optim not in RATES:
         raise cli.UsageError(f"--optim {args.optim} has no rate of its own here; give -lr for a batch of {BASE_BATCH}")
-    args.lr = RATES[args.optim] if args.lr is None else args.lr
+    if args.lr is None:
+        args.lr = MAE_RATE if args.method == "mae" and args.optim == "AdamW" else RATES[args.optim]
     args.weight_decay = DECAYS.get(args.optim, 1e-4) if args.weight_decay is None else args.weight_decay
     args.warmup = min(10.0, args.epochs / 10) if args.warmup is None else args.warmup
 
@@ -267,6 +282,8 @@ def idle_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> lis
         "--method moco or mocov3": (method in ("moco", "mocov3"), ["temperature", "momentum_encoder"]),
         "--method moco": (method == "moco", ["queue"]),
         "--method dense": (method == "dense", ["dense_points", "dense_global"]),
+        "--method mae": (method == "mae", ["mask_share"]),
+        "--method barlow, dense, moco or mocov3": (method != "mae", ["projector"]),
         "--optim SGD or LARS": (args.optim in ("SGD", "LARS"), ["momentum"]),
         "--probe DIR": (args.probe, ["probe_head"]),
     }
@@ -315,5 +332,6 @@ def method_options(args: argparse.Namespace, windows: int) -> Any:
         queue=args.queue or choose_queue(windows, args.batch),
         points=args.dense_points,
         global_weight=args.dense_global,
+        mask=args.mask_share,
         batch=args.batch,
     )

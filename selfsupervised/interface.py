@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-METHODS = ("barlow", "moco", "mocov3", "dense")
+METHODS = ("barlow", "moco", "mocov3", "dense", "mae")
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class MethodOptions:
     momentum: share of the teacher that stays at each step; moco's is constant, mocov3's rises to 1.
     queue: keys of earlier batches, see choose_queue. points: places compared in a pair by `dense`.
     local_projector: widths after the features of a place. global_weight: share of the global loss in that of `dense`.
-    batch: images of all processes in one step.
+    mask: share of the patches that `mae` hides. batch: images of all processes in one step.
     """
 
     projector: tuple[int, ...] = ()
@@ -27,6 +27,7 @@ class MethodOptions:
     points: int = 32
     local_projector: tuple[int, ...] = (256, 256)
     global_weight: float = 0.5
+    mask: float = 0.75
     batch: int = 64
 
 
@@ -70,6 +71,10 @@ class Method(nn.Module):
 
     def warm(self, view_a: Tensor, view_b: Tensor) -> None:
         """Fill a queue or statistics from a batch, without learning; the method is in training mode."""
+
+    def complete(self, images: Tensor) -> dict[str, Tensor]:
+        """What the method makes of images (N, C, H, W), to look at: images of the same shape by name; none here."""
+        return {}
 
     def after_step(self, done: float) -> None:
         """What follows an optimiser step.

@@ -4,12 +4,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from selfsupervised.encoder_file import Description, mixed_batches, save_encoder, settle_statistics
 from selfsupervised.encoders import feature_maps
+from selfsupervised.interface import Method
+from selfsupervised.pictures import FeaturePictures
 from selfsupervised.run_log import RunLog
 from selfsupervised.watch import describe_features, effective_rank
 
@@ -19,8 +20,8 @@ class Look:
     """What the first process looks at every few epochs and after the last.
 
     encoder: another copy of the encoder that is trained, with plain layers; it gets its weights. windows: (n, C, S, S)
-    normalised, not augmented: statistics and features are theirs. probes and pictures are given that encoder, in
-    evaluation mode, and the names of the windows.
+    normalised, not augmented: statistics and features are theirs. names: of the images that they are from. probes and
+    pictures are given that encoder in evaluation mode.
     """
 
     encoder: nn.Module
@@ -28,12 +29,12 @@ class Look:
     names: Sequence[str]
     every: int = 10
     probes: Sequence[Callable[[nn.Module], dict[str, float | None]]] = ()
-    pictures: Sequence[Callable[[nn.Module, Tensor, Sequence[str]], dict[str, list[np.ndarray]]]] = ()
+    pictures: FeaturePictures | None = None
 
 
-def take_look(encoder: nn.Module, look: Look, description: Description, run: RunLog, row: dict[str, Any]) -> None:
+def take_look(method: Method, look: Look, description: Description, run: RunLog, row: dict[str, Any]) -> None:
     """Write the encoder file, measure the encoder's features, probe it, draw what it sees; all of it on a copy."""
-    look.encoder.load_state_dict(encoder.state_dict())
+    look.encoder.load_state_dict(method.encoder.state_dict())
     settle_statistics(look.encoder, look.windows)
     save_encoder(run.encoder_path, look.encoder.state_dict(), description, epochs=row["epoch"])
     rank = feature_rank(look.encoder, look.windows)
@@ -41,8 +42,9 @@ def take_look(encoder: nn.Module, look: Look, description: Description, run: Run
     generator = torch.get_rng_state()
     for probe in look.probes:
         row["probe"] = {**row.get("probe", {}), **probe(look.encoder)}
-    for draw in look.pictures:
-        run.log_images(draw(look.encoder, look.windows, look.names), row["epoch"])
+    if look.pictures:
+        drawn = look.pictures(look.encoder, look.windows, look.names)
+        run.log_images(drawn | look.pictures.completions(method, look.windows, look.names), row["epoch"])
     torch.set_rng_state(generator)
 
 

@@ -9,6 +9,7 @@ from selfsupervised.barlow_twins import BarlowTwins
 from selfsupervised.dense import DenseBarlowTwins
 from selfsupervised.encoders import feature_channels
 from selfsupervised.interface import METHODS, Method, MethodOptions
+from selfsupervised.mae import MaskedAutoencoder
 from selfsupervised.moco import MomentumContrast, choose_queue
 from selfsupervised.moco_v3 import MomentumContrastV3
 
@@ -27,6 +28,8 @@ def build_method(name: str, encoder: nn.Module, options: MethodOptions) -> Metho
     if name not in METHODS:
         raise ValueError(f"--method {name!r} is unknown; expected one of {', '.join(METHODS)}")
     _check(name, options)
+    if name == "mae":
+        return MaskedAutoencoder(encoder, image_channels(encoder), options)
     channels = feature_channels(encoder, image_channels(encoder))
     features = channels[-1]
     projector = options.projector or DEFAULT_PROJECTORS.get(name, (features, MOCO_WIDTH))
@@ -73,7 +76,7 @@ def _quiet_units(options: MethodOptions) -> int:
 
 def _check(name: str, options: MethodOptions) -> None:
     """Raise ValueError for options out of range."""
-    if options.batch < 2 and name != "moco":
+    if options.batch < 2 and name not in ("moco", "mae"):
         raise ValueError(
             f"-b {options.batch}: --method {name} compares the images of a batch with each other and needs two at "
             "least. Give -b 16 or more"
@@ -86,6 +89,7 @@ def _check(name: str, options: MethodOptions) -> None:
         "--queue": (options.queue > 0, "at least 1 key, several batches of them for good"),
         "--dense-points": (options.points > 0 and bool(options.local_projector), "at least 1 place"),
         "--dense-global": (0 <= options.global_weight <= 1, "a share from 0 to 1"),
+        "--mask-share": (0 < options.mask < 1, "a share between 0 and 1, such as 0.75"),
     }
     values = {
         "--projector": options.projector,
@@ -95,6 +99,7 @@ def _check(name: str, options: MethodOptions) -> None:
         "--queue": options.queue,
         "--dense-points": options.points,
         "--dense-global": options.global_weight,
+        "--mask-share": options.mask,
     }
     for flag, (good, expected) in rules.items():
         if not good:

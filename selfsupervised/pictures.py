@@ -16,6 +16,7 @@ from torch.nn import functional
 from model import BUILD_ERRORS
 from plots import display_limits, picture_row, to_display
 from selfsupervised.encoders import feature_maps
+from selfsupervised.interface import Method
 
 STRIDE = 4  # of the finest features that are shown
 BORDER = 32  # pixels of reflection around an image
@@ -65,21 +66,44 @@ class FeaturePictures:
             pictures["Nearest neighbours"] = [neighbours(similarities(encoder, windows), shown, names)]
         return pictures
 
+    def completions(self, method: Method, windows: Tensor, names: Sequence[str]) -> dict[str, list[np.ndarray]]:
+        """The same windows as a method completes them, row by row; nothing of a method that completes none.
+
+        Args:
+            method: see Method.complete. windows, names: as above.
+        """
+        chosen = spread_out(names, SHOWN)
+        images = windows[chosen]
+        made = method.complete(images.to(next(method.parameters()).device))
+        if not made:
+            return {}
+        limits, rows = self.limits(self.raw(images)), []
+        for title, values in {"windows": images, **made}.items():
+            shown = [to_display(window, each) for window, each in zip(self.raw(values), limits, strict=True)]
+            rows.append(picture_row([(names[place], tile) for place, tile in zip(chosen, shown, strict=True)], title))
+        return {"Completed windows": [stack_rows(*rows)]}
+
     def displayed(self, windows: Tensor) -> list[np.ndarray]:
         """Windows (n, C, S, S) in raw units, as RGB (S, S, 3) uint8.
 
         Each is stretched by itself, dark ones no further than to FAINT of what all of them need together: a window
         without anything in it stays dark, and does not show its noise.
         """
-        values = (windows.cpu() * self.std + self.mean).permute(0, 2, 3, 1).numpy()
+        values = self.raw(windows)
+        return [to_display(window, each) for window, each in zip(values, self.limits(values), strict=True)]
+
+    def limits(self, values: np.ndarray) -> list[tuple[float, float]]:
+        """What of the values of each window (n, S, S, C) becomes black and white, see displayed."""
+        low, high = display_limits(values.reshape(len(values), -1, values.shape[-1]))
+        own = [display_limits(window) for window in values]
+        return [(least, max(most, least + FAINT * (high - low))) for least, most in own]
+
+    def raw(self, windows: Tensor) -> np.ndarray:
+        """Windows (n, C, S, S) in raw units and in the type of the images, (n, S, S, C)."""
+        values: np.ndarray = (windows.cpu() * self.std + self.mean).permute(0, 2, 3, 1).numpy()
         if self.dtype.kind == "u":
             values = np.clip(values.round(), 0, np.iinfo(self.dtype).max).astype(self.dtype)
-        low, high = display_limits(values.reshape(len(values), -1, values.shape[-1]))
-        shown = []
-        for window in values:
-            least, most = display_limits(window)
-            shown.append(to_display(window, (least, max(most, least + FAINT * (high - low)))))
-        return shown
+        return values
 
 
 def spread_out(names: Sequence[str], count: int) -> list[int]:

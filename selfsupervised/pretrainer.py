@@ -271,7 +271,7 @@ def fit(
         def close(row: dict[str, Any] = row, begin: float = begin, waited: float = result.waited) -> None:
             assert run is not None and look is not None, "the first process has both"
             if progress.epoch % look.every == 0 or progress.epoch == options.epochs:
-                take_look(learner.network.encoder, look, description, run, row)
+                take_look(learner.network, look, description, run, row)
             row |= {"seconds": round(time.perf_counter() - begin, 2), "waited": round(waited, 3)}
             end_epoch(learner, description, run, row, options, allow_collapse=allow_collapse, report=report)
             if progress.epoch == 1:

@@ -137,12 +137,13 @@ class ViewOptions:
 
     size: side of a view. window: side of the part of an image that both views of a pair lie in, in sides of a view;
     0: the whole image. views_from: "crop", both from one window, or "neighbours", from two windows whose middles lie
-    within half a window of each other.
+    within half a window of each other. values: they change too; without it a view differs by its place alone.
     """
 
     size: int = 128
     window: float = 1.5
     views_from: str = "crop"
+    values: bool = True
 
     def __post_init__(self) -> None:
         if self.views_from not in SOURCES:
@@ -185,7 +186,7 @@ class ViewMaker:
         # A preset is for RGB, and would leave channels beside it the same in both views: they would tell which belong
         # together without a look at the rest. They get the changes of bands.
         self.colours = slice(3 if rgb and preset != "multispectral" else None)
-        first, second = self.preset.first, self.preset.second
+        first, second = (self.preset.first, self.preset.second) if options.values else ((), ())
         self.changes = [_changing(steps, value_range, self.colours, rgb=rgb) for steps in (first, second)]
         self.others = _changing(MULTISPECTRAL if first else (), value_range, slice(3, None), rgb=False)
 
