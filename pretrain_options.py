@@ -111,11 +111,7 @@ def add_method_args(parser: argparse.ArgumentParser) -> None:
         "--dense-global", type=cli.share, default=0.5, metavar="X", help="dense: share of the loss of whole views"
     )
     group.add_argument(
-        "--mask-share",
-        type=cli.inner_share,
-        default=0.75,
-        metavar="X",
-        help="mae: share of the patches that are hidden",
+        "--mask-share", type=cli.inner_share, default=0.75, metavar="X", help="mae: share of hidden patches"
     )
 
 

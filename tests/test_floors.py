@@ -74,7 +74,7 @@ HEAVY = {
     "albumentations": set(),
     "matplotlib": {"plots.py"},
     "segmentation_models_pytorch": {"model.py"},
-    "timm": {"model.py"},
+    "timm": {"model.py", "selfsupervised/mae.py"},
     "accelerate": {"learner.py"},
     "onnx": {"onnx_export.py", "export_graph.py", "foreign_onnx.py", "quantisation.py"},
     "onnxruntime": {"onnx_export.py", "export_onnx.py", "quantisation.py"},
