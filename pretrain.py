@@ -406,6 +406,8 @@ def finish(args: argparse.Namespace, run: Any) -> None:
         name = architecture_for(args.encoder)
         print(f"\nencoder: {path}")
         more = ["--add-dirs", *args.add_dirs] if args.add_dirs else []
+        more += ["--preprocess", *args.preprocess] if args.preprocess else []
+        more += ["--mpp", f"{args.mpp:g}"] if args.mpp else ["--reduce", f"{args.reduce:g}"] if args.reduce else []
         words = shlex.join(["--encoder", args.encoder, "--encoder-weights", str(path), *more])
         print(f"train with it: python train.py -d DATASET -m {name} {words}")
     print(f"tensorboard --logdir {shlex.quote(str(args.log_dir))}")

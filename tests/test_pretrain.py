@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -315,6 +316,20 @@ def test_what_a_run_leaves_behind(images, tmp_path, capsys):
     assert {"Dense features/1", "Nearest neighbours/1"} <= set(events.Tags()["images"])
     assert [event.step for event in events.Scalars("Loss/pretraining")] == [1, 2, 3]
     assert [event.step for event in events.Scalars("Encoder features/effective rank")] == [2, 3]
+
+
+def test_the_advised_command_reads_images_as_this_run_did(images, tmp_path, capsys):
+    import train
+
+    def advised(name, *more):
+        pretrain.main(words_for(images, tmp_path, name, "-e", "1", *more))
+        line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("train with it: "))
+        args = train.build_parser().parse_args(shlex.split(line.split("python train.py ")[1]))
+        return args.preprocess, args.reduce, args.mpp
+
+    assert advised("plain") == ([], None, None)
+    assert advised("prepared", "--preprocess", "clahe", "stretch") == (["clahe", "stretch"], None, None)
+    assert advised("smaller", "--reduce", "1.5") == ([], 1.5, None)
 
 
 def test_train_takes_the_encoder_and_validate_refuses_it(images, tmp_path, capsys):
