@@ -101,6 +101,7 @@ def open_tracking(name: str | None, run_dir: Path, say: Callable[[str], None]) -
 
     Raises:
         RuntimeError: it cannot be reached; names it and the reason.
+        ValueError: the file that says in which run to go on is damaged.
     """
     if not name:
         return None
@@ -108,7 +109,13 @@ def open_tracking(name: str | None, run_dir: Path, say: Callable[[str], None]) -
 
     build: type[Tracker] = ClearmlTracker if name == "clearml" else MlflowTracker
     path, expected = run_dir / STATE_FILE, known_errors(build)
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(
+            f"{path} should say in which run of {name} to go on, and cannot be read ({error}). Delete it, and another "
+            "run begins there, or leave --track out"
+        ) from error
     try:
         tracker = build(run_dir.name, known.get(name))
     except expected as error:

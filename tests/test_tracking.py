@@ -152,6 +152,16 @@ def test_a_tracker_that_cannot_be_reached_at_the_start_is_an_error(tmp_path, mon
     assert not (tmp_path / "run" / tracking.STATE_FILE).exists()
 
 
+def test_a_damaged_file_of_the_run_before_is_named_and_kept(tmp_path, monkeypatch):
+    calls = stand_in("mlflow", monkeypatch)
+    path = tmp_path / "run" / tracking.STATE_FILE
+    path.parent.mkdir()
+    path.write_text('{"mlflow"')
+    with pytest.raises(ValueError, match=r"tracking.json should say in which run of mlflow .* Delete it"):
+        follow("mlflow", tmp_path / "run")
+    assert path.read_text() == '{"mlflow"' and calls == []
+
+
 @pytest.mark.parametrize("error", [Refused("gone\naway"), OSError("gone away")])
 def test_a_tracker_that_fails_later_is_said_once(error, tmp_path, monkeypatch, capsys):
     calls = stand_in("mlflow", monkeypatch, log_metrics=error)
