@@ -4,9 +4,10 @@ Encoders are pretrained on the unlabelled images of nuclei/train, bubbles and fr
 many steps. Then `train.py` learns from 4 and from 10 labelled images of nuclei/train and is scored on nuclei/val at
 several points of the run: IoU at the threshold 0.5, from counts. The comparison is paired: for each subset every start
 has the same images, seed, batches and number of steps. Each start has a learning rate of its own, the best of the same
-few on one more subset. On the larger subsets pretrained encoders are also trained in half the steps. Few steps leave
-the moving averages of batch normalisation behind the weights, so each run is scored a second time with its statistics
-re-estimated from the training images, and then with each image counting alike.
+few on one more subset, by images of nuclei/train that are not in it: nuclei/val decides nothing. On the larger subsets
+pretrained encoders are also trained in half the steps. Few steps leave the moving averages of batch normalisation
+behind the weights, so each run is scored a second time with its statistics re-estimated from the training images, and
+then with each image counting alike.
 
 The defaults are for two cores. A plain-unet of plain-16 at 96 pixels takes 0.18 s for a step of 8 crops on one of them,
 and 1.1 s to pretrain with 64 pairs; a U-Net of resnet18 0.45 and 3.0 s, of resnet10t 0.35 and 2.0 s, which leaves too
@@ -39,7 +40,9 @@ RANDOM = "random"
 MIDDLE = 128  # mean from which an image is a bright one
 COLOURLESS = 2  # largest difference between the means of an image's channels that is no stain
 WINDOWS = 160  # crops of the training images that statistics are re-estimated from
-TUNING = 1000  # seed of the subset that rates are chosen on
+TUNING, HELD_OUT = 1000, 28  # seed of the subset that rates are chosen on, and the images that they are chosen by
+FIRST = 100  # seed of the first subset
+PROTOCOL = 2  # results of another one do not mix with these
 SHARED = ("jobs", "threads", "data", "out", "settings")  # flags that change no result
 
 
@@ -121,6 +124,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     again = "the same command goes on with the parts that are left"
     with cli.plain_errors(parser, interrupted=again):
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        if args.points % 2:
+            raise cli.UsageError(f"--points {args.points}: half of the steps need half of them; give an even number")
         args.data, args.out = args.data.resolve(), args.out.resolve()
         check_settings(args)
         bench = prepare(args)
@@ -145,7 +150,7 @@ def check_settings(args: argparse.Namespace) -> None:
     Raises:
         ValueError: the folder holds results of other flags.
     """
-    flags = {key: value for key, value in vars(args).items() if key not in SHARED}
+    flags = {key: value for key, value in vars(args).items() if key not in SHARED} | {"protocol": PROTOCOL}
     path, now = args.out / "settings.json", json.loads(json.dumps(flags))
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
@@ -214,16 +219,15 @@ def plan(bench: Bench) -> list[Part]:
     for start in (RANDOM, *args.methods):
         needs: tuple[str, ...] = () if start == RANDOM else (f"pretrain_{start}",)
         for rate in args.rates:
-            labels = max(labels for labels, _ in args.subsets)
-            work = partial(train, bench, f"tune_{start}_{rate:g}", start, labels, TUNING, rate)
+            work = partial(tune, bench, f"tune_{start}_{rate:g}", start, rate)
             parts.append(Part(f"tune_{start}_{rate:g}", work, needs))
     for labels, number in args.subsets:
-        for seed in range(number):
+        for seed in range(FIRST, FIRST + number):
             for start in bench.starts:
                 name, needs = f"train_{start}_{labels}_{seed}", tuple(f"tune_{start}_{rate:g}" for rate in args.rates)
                 parts.append(Part(name, partial(train_tuned, bench, name, start, labels, seed), needs))
     labels, number = max(args.subsets)
-    for seed in range(number):
+    for seed in range(FIRST, FIRST + number):
         for method in args.methods:
             name, needs = f"half_{method}_{labels}_{seed}", tuple(f"tune_{method}_{rate:g}" for rate in args.rates)
             work = partial(train_tuned, bench, name, method, labels, seed, share=0.5)
@@ -254,22 +258,43 @@ def read_rows(bench: Bench, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def tune(bench: Bench, name: str, start: str, rate: float, _: Results) -> dict[str, Any]:
+    """Train with a rate on a subset that nothing else is learned from; scored on other images of its split."""
+    labels = max(labels for labels, _ in bench.args.subsets)
+    known = draw_subset(bench.kinds, labels, TUNING)
+    others = {kind: [each for each in names if each not in known] for kind, names in bench.kinds.items()}
+    held_out = draw_subset(others, min(HELD_OUT, sum(map(len, others.values()))), TUNING)
+    return train(bench, name, start, labels, TUNING, rate, held_out=held_out)
+
+
 def train_tuned(
     bench: Bench, name: str, start: str, labels: int, seed: int, results: Results, share: float = 1
 ) -> dict[str, Any]:
     """Train with the rate that was best for this start, a share of the steps."""
-    return train(bench, name, start, labels, seed, best_rate(bench, start, results), results, share=share)
+    return train(bench, name, start, labels, seed, best_rate(bench, start, results), share=share)
 
 
 def best_rate(bench: Bench, start: str, results: Results) -> float:
-    """The rate with the highest score on the subset for tuning, that with re-estimated statistics: it is steadier."""
+    """The rate with the highest score when it was tuned, that with re-estimated statistics: it is the steadier one."""
     return float(max(bench.args.rates, key=lambda rate: results[f"tune_{start}_{rate:g}"]["settled"]))
 
 
 def train(
-    bench: Bench, name: str, start: str, labels: int, seed: int, rate: float, _: Results, share: float = 1
+    bench: Bench,
+    name: str,
+    start: str,
+    labels: int,
+    seed: int,
+    rate: float,
+    *,
+    share: float = 1,
+    held_out: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Train by train.py on a subset; scores on the validation split at each point of the run."""
+    """Train by train.py on a subset; its scores at each point of the run, and those of score_again at the end.
+
+    Args:
+        share: of the steps. held_out: names of the training images that the end is scored on; none for nuclei/val.
+    """
     args, logs = bench.args, bench.out / "logs"
     ids = bench.out / "subsets" / f"{labels}_{seed}.csv"
     write_text(ids, "\n".join(["id", *draw_subset(bench.kinds, labels, seed)]) + "\n")
@@ -287,19 +312,24 @@ def train(
     scores = [next(iter(row["val"].values()))["iou"] or 0.0 for row in rows]
     curve = [[each * row["epoch"], score] for row, score in zip(rows, scores, strict=True)]
     seconds = sum(row["seconds"] for row in rows)
-    return {"curve": curve, "final": scores[-1], "rate": rate, "seconds": seconds, **score_again(bench, name, ids)}
+    return {
+        "curve": curve,
+        "final": scores[-1],
+        "rate": rate,
+        "seconds": seconds,
+        **score_again(bench, name, ids, held_out),
+    }
 
 
-def score_again(bench: Bench, name: str, ids: Path) -> dict[str, float]:
+def score_again(bench: Bench, name: str, ids: Path, held_out: Sequence[str] = ()) -> dict[str, float]:
     """Score the weights at the end of a run once more, with statistics re-estimated from its training images.
 
     Returns:
-        settled: IoU from the counts of all validation images. settled_each: mean of the images' own IoU.
+        settled: IoU from the counts of all images. settled_each: mean of the images' own IoU.
     """
     import numpy as np
 
-    from backends import load_network, torch_forward
-    from checkpoint import read_content
+    from backends import torch_forward
     from classes import ClassMap
     from dataset import EvaluationSet
     from evaluation import Prediction, predict_samples
@@ -307,11 +337,11 @@ def score_again(bench: Bench, name: str, ids: Path) -> dict[str, float]:
     from pairing import list_pairs
     from selfsupervised.encoder_file import settle_statistics
 
-    run = bench.out / "logs" / name
-    config, network = load_network(run / f"{name}.pth")
-    network.load_state_dict(read_content(run / "last_checkpoint")["model_state_dict"])
+    config, network = last_network(bench.out / "logs" / name)
     settle_statistics(network, training_windows(bench, ids, config))
-    data = EvaluationSet(list_pairs(bench.out / "data" / "val").pairs, ClassMap.from_config(config), config)
+    pairs = list_pairs(bench.out / "data" / ("train" if held_out else "val")).pairs
+    pairs = [pair for pair in pairs if not held_out or pair.name in held_out]
+    data = EvaluationSet(pairs, ClassMap.from_config(config), config)
     counts = []
     for found in predict_samples(torch_forward(network, "cpu"), data, workers=0):
         assert isinstance(found, Prediction) and found.mask is not None, "labelled images, no slides"
@@ -320,6 +350,16 @@ def score_again(bench: Bench, name: str, ids: Path) -> dict[str, float]:
     shared, either = np.array(counts, float).T
     each = np.divide(shared, either, out=np.ones_like(shared), where=either > 0)  # nothing there, nothing found: right
     return {"settled": float(shared.sum() / max(1, either.sum())), "settled_each": float(each.mean())}
+
+
+def last_network(run: Path) -> tuple[Any, Any]:
+    """What a run ended with, not its best epoch: the description of its checkpoint and the network."""
+    from backends import load_network
+    from checkpoint import read_content
+
+    config, network = load_network(run / f"{run.name}.pth")
+    network.load_state_dict(read_content(run / "last_checkpoint")["model_state_dict"])
+    return config, network.eval()
 
 
 def training_windows(bench: Bench, ids: Path, config: Any) -> Any:
@@ -362,9 +402,15 @@ def describe(bench: Bench, results: Results) -> str:
             f"{method}: {done['steps']} steps of {args.pretrain_batch} pairs, {done['seconds']:.0f} s on "
             f"{args.threads} core; effective rank of features {done['feature_rank']:.1f}"
         )
+    ends = [
+        start for start, rate in rates.items() if len(args.rates) > 1 and rate in (min(args.rates), max(args.rates))
+    ]
+    lines += [f"best at an end of the rates that were tried: {', '.join(ends)}"] if ends else []
+    lines.append("one pretraining of each method, so p is about the subsets alone")
     tables: dict[str, Any] = {}
     for labels, number in sorted(args.subsets):
-        runs = {start: [results[f"train_{start}_{labels}_{seed}"] for seed in range(number)] for start in bench.starts}
+        seeds = range(FIRST, FIRST + number)
+        runs = {start: [results[f"train_{start}_{labels}_{seed}"] for seed in seeds] for start in bench.starts}
         tables[str(labels)] = rows = summarise(runs, RANDOM)
         steps = int(runs[RANDOM][0]["curve"][-1][0])
         lines += [
@@ -373,10 +419,10 @@ def describe(bench: Bench, results: Results) -> str:
             "",
         ]
         lines.append(format_rows(rows, rates, steps))
-    halves = {method: [results[f"half_{method}_{labels}_{seed}"] for seed in range(number)] for method in args.methods}
+    halves = {method: [results[f"half_{method}_{labels}_{seed}"] for seed in seeds] for method in args.methods}
     tables["half"] = rows = summarise({RANDOM: runs[RANDOM], **halves}, RANDOM)
     half = int(halves[args.methods[0]][0]["curve"][-1][0])
-    lines += ["", f"The same with {half} steps, beside {steps} from scratch:", "", format_rows(rows[1:], rates, half)]
+    lines += ["", f"The same with {half} steps, beside {steps} from scratch:", "", format_rows(rows[1:], rates, steps)]
     tuned = {key: [value["final"], value["settled"]] for key, value in results.items() if key.startswith("tune_")}
     content = {"rates": rates, "tuning": tuned, "tables": tables}
     write_text(bench.out / "results.json", json.dumps(content, indent=1) + "\n")
@@ -440,7 +486,7 @@ def prediction_rows(bench: Bench) -> dict[str, Any]:
     """For a dark and a bright validation image: errors of the networks that learned from the first subset."""
     import numpy as np
 
-    from backends import load_network, torch_forward
+    from backends import torch_forward
     from classes import ClassMap
     from dataset import EvaluationSet, load_image
     from evaluation import Prediction, predict_samples
@@ -457,8 +503,7 @@ def prediction_rows(bench: Bench) -> dict[str, Any]:
     preds: dict[str, dict[str, Any]] = {kind: {} for kind in places}
     masks = {}
     for start in [RANDOM, *bench.args.methods]:
-        name = f"train_{start}_{labels}_0"
-        config, network = load_network(bench.out / "logs" / name / f"{name}.pth")
+        config, network = last_network(bench.out / "logs" / f"train_{start}_{labels}_{FIRST}")
         data = EvaluationSet([pairs[place] for place in places.values()], ClassMap.from_config(config), config)
         found = predict_samples(torch_forward(network, "cpu"), data, workers=0)
         for kind, prediction in zip(places, found, strict=True):

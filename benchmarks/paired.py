@@ -7,7 +7,11 @@ from typing import Any
 
 import numpy as np
 
-SCORES = {"final": "IoU", "settled": "re-estimated", "settled_each": "mean of images"}  # of a run: title in the table
+SCORES = {
+    "final": "IoU",
+    "settled": "re-estimated",
+    "settled_each": "re-estimated, mean of images",
+}  # of a run: title in the table
 
 
 def draw_subset(kinds: Mapping[str, Sequence[str]], count: int, seed: int) -> list[str]:

@@ -190,11 +190,11 @@ def test_the_whole_of_it_tiny(tmp_path, quick, capsys):
         assert f"| {start} | 0.003 | " in shown
     check_pairing([list(call) for call in InProcess.calls])
     assert "The same with 2 steps, beside 4 from scratch:" in shown
-    halves = [call for call in InProcess.calls if "half_moco_2_0" in call]
+    halves = [call for call in InProcess.calls if "half_moco_2_100" in call]
     assert [call[call.index("-e") + 1] for call in halves] == ["1"]
     content = json.loads((tmp_path / "out" / "results.json").read_text())
     rows = {row["name"]: row for row in content["tables"]["2"]}
-    parts = [tmp_path / "out" / "parts" / f"train_{start}_2_0.json" for start in ("moco", "random")]
+    parts = [tmp_path / "out" / "parts" / f"train_{start}_2_100.json" for start in ("moco", "random")]
     own, base = (json.loads(path.read_text()) for path in parts)
     for score in ("final", "settled", "settled_each"):
         assert rows["moco"][score]["gains"] == pytest.approx([own[score] - base[score]])
@@ -231,10 +231,27 @@ def test_scores_without_statistics_stay_as_train_py_gives_them(tmp_path, quick):
     words += ["--image-size", "32", "--steps", "4", "--points", "2", "--subsets", "4:1"]
     bench = label_efficiency.prepare(label_efficiency.build_parser().parse_args(words))
     assert {kind: len(names) for kind, names in bench.kinds.items()} == {"dark": 6, "stained": 0, "white": 2}
-    found = label_efficiency.train(bench, "own", "random", 4, 0, 0.01, {})
+    found = label_efficiency.train(bench, "own", "random", 4, 0, 0.01)
     assert found["settled"] == pytest.approx(found["final"], abs=1e-9)
     assert 0 < found["settled"] < 1
     assert found["settled_each"] != found["settled"]
+
+
+def test_rates_are_chosen_by_images_that_nothing_else_sees(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(label_efficiency, "train", lambda *words, held_out: seen.update(words=words, names=held_out))
+    args = label_efficiency.build_parser().parse_args(["--data", "d", "--out", "o"])
+    label_efficiency.tune(label_efficiency.Bench(args, Commands(1), [], 91, KINDS), "own", "moco", 0.1, {})
+    labels, seed = seen["words"][3:5]
+    assert (labels, len(seen["names"])) == (10, 28)
+    assert not set(seen["names"]) & set(draw_subset(KINDS, labels, seed))
+    assert seed not in range(label_efficiency.FIRST, label_efficiency.FIRST + 50)
+
+
+def test_half_the_steps_of_an_odd_number_of_points_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        label_efficiency.main(["--data", "d", "--out", str(tmp_path), "--points", "5"])
+    assert "--points 5: half of the steps need half of them; give an even number" in capsys.readouterr().err
 
 
 def test_kinds_of_images():
