@@ -194,9 +194,11 @@ def build_encoder(args: argparse.Namespace, channels: int) -> Any:
         with torch.no_grad():
             feature_maps(encoder.eval(), torch.zeros(1, channels, options.side(args), options.side(args)))
     except BUILD_ERRORS as error:
+        patch = getattr(getattr(getattr(encoder, "model", None), "patch_embed", None), "patch_size", None)
+        whole = f"{patch[0]}, the side of its patches" if patch else "32"
         raise cli.UsageError(
             f"--image-size {options.side(args)}: {args.encoder} does not take it ({shorten_error(error)}); expected a "
-            "multiple of 32, or the one size that a vision transformer was made for, such as 224"
+            f"multiple of {whole}, or the one size that a vision transformer was made for, such as 224"
         ) from error
     return encoder.train()
 

@@ -328,6 +328,7 @@ def method_options(args: argparse.Namespace, windows: int) -> Any:
         queue=args.queue or choose_queue(windows, args.batch),
         points=args.dense_points,
         global_weight=args.dense_global,
-        mask=args.mask_share,
+        mask_share=args.mask_share,
         batch=args.batch,
+        side=side(args),
     )

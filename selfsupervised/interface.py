@@ -16,7 +16,8 @@ class MethodOptions:
     momentum: share of the teacher that stays at each step; moco's is constant, mocov3's rises to 1.
     queue: keys of earlier batches, see choose_queue. points: places compared in a pair by `dense`.
     local_projector: widths after the features of a place. global_weight: share of the global loss in that of `dense`.
-    mask: share of the patches that `mae` hides. batch: images of all processes in one step.
+    mask_share: of the patches, what `mae` hides. batch: images of all processes in one step. side: of a view, in
+    pixels; 0: not known.
     """
 
     projector: tuple[int, ...] = ()
@@ -27,8 +28,9 @@ class MethodOptions:
     points: int = 32
     local_projector: tuple[int, ...] = (256, 256)
     global_weight: float = 0.5
-    mask: float = 0.75
+    mask_share: float = 0.75
     batch: int = 64
+    side: int = 0
 
 
 @dataclass

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import build_sincos2d_pos_embed
+from timm.layers import PatchEmbed, build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
@@ -19,31 +19,40 @@ from gathering import in_full
 from selfsupervised.interface import Method, MethodOptions, Step
 
 BLOCKS, WIDTH, HEADS = 4, 256, 8  # of the decoder; the paper's table 1 finds little between 1 and 12, 128 and 1024
-EPSILON = 1e-6  # added to the variances of patches
+# Added to the variances of patches, in units of the images' own variance; 1e-6 in the paper. What is empty in a
+# microscope's picture has noise of a grey level or so, which would be made as loud as objects.
+FLOOR = 1e-2
 WORD = 0xFFFFFFFF
 
 
 class MaskedAutoencoder(Method):
     """A vision transformer of timm and a decoder of pixels.
 
-    Targets are the pixels of hidden patches, each patch with mean 0 and variance 1.
+    Targets are the pixels of hidden patches, each patch with mean 0 and variance 1, less where it is nearly empty.
 
     Raises:
-        ValueError: the encoder is no plain vision transformer.
+        ValueError: the encoder is no plain vision transformer, or a view has a single patch.
     """
 
     def __init__(self, encoder: nn.Module, in_channels: int, options: MethodOptions) -> None:
         super().__init__()
         vit: Any = getattr(encoder, "model", None)
-        if not isinstance(vit, VisionTransformer):
+        # A stem of convolutions sees more than one patch, and would see hidden pixels.
+        if not isinstance(vit, VisionTransformer) or type(vit.patch_embed) is not PatchEmbed:
+            name = type(encoder if vit is None else vit).__name__
             raise ValueError(
-                f"--method mae hides patches from a vision transformer, and {type(encoder).__name__} is none that it "
-                "can do this to. Give --encoder tu-vit_tiny_patch16_224 or another ViT or DeiT of timm, or --method "
-                "moco, which takes every encoder"
+                f"--method mae hides patches from a vision transformer, and can do this to plain ones alone, not to "
+                f"{name}. Give --encoder tu-vit_tiny_patch16_224 or another ViT or DeiT of timm, or --method moco, "
+                "which takes every encoder"
             )
-        self.encoder, self.mask = encoder, options.mask
+        self.encoder, self.mask_share = encoder, options.mask_share
         self.visible = vit.patch_drop = VisiblePatches(vit.num_prefix_tokens)
         self.side = vit.patch_embed.patch_size[0]
+        if options.side and options.side < 2 * self.side:
+            raise ValueError(
+                f"--image-size {options.side} leaves a single patch of {self.side} pixels, and nothing can be hidden "
+                f"from it. Give --image-size {6 * self.side} or more"
+            )
         self.embed = nn.Linear(vit.embed_dim, WIDTH)
         self.hidden_token = nn.Parameter(torch.randn(WIDTH) * 0.02)
         self.blocks = nn.Sequential(*(Block(WIDTH, HEADS, qkv_bias=True) for _ in range(BLOCKS)))
@@ -53,11 +62,6 @@ class MaskedAutoencoder(Method):
     def forward(self, view_a: Tensor, view_b: Tensor, places: Tensor) -> Step:
         """See Method.forward. Embeddings are the means of what the encoder makes of the visible patches."""
         images = torch.cat((view_a, view_b))
-        if images[0, 0].numel() < 2 * self.side**2:
-            raise ValueError(
-                f"a view of {images.shape[-2]} x {images.shape[-1]} pixels is a single patch of {self.side} or less, "
-                f"and nothing can be hidden from it. Give --image-size {6 * self.side} or more"
-            )
         order = patch_order(torch.cat(places.unbind(1)), images[0, 0].numel() // self.side**2)
         seen = self.count_visible(order.shape[1])
         guessed, tokens = self.guess(images, order)
@@ -66,13 +70,13 @@ class MaskedAutoencoder(Method):
             targets, _, _ = normalise_patches(cut_patches(in_full(images), self.side))
             targets = targets.gather(1, hidden.expand(-1, -1, targets.shape[2]))
             loss = functional.mse_loss(in_full(guessed).gather(1, hidden.expand_as(targets)), targets)
-        explained = 1 - loss.detach() / targets.square().mean().clamp_min(EPSILON)
+        explained = 1 - loss.detach() / targets.square().mean().clamp_min(1e-6)
         pooled = in_full(tokens[: len(view_a), self.visible.prefix :]).mean(1)
         return Step(loss, pooled.detach(), {"explained": explained})
 
     def count_visible(self, patches: int) -> int:
         """Patches of a view that the encoder sees."""
-        return min(max(1, round(patches * (1 - self.mask))), patches - 1)
+        return min(max(1, round(patches * (1 - self.mask_share))), patches - 1)
 
     def guess(self, images: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
         """Let the encoder see the first patches of an order, and the decoder guess all of them.
@@ -96,7 +100,7 @@ class MaskedAutoencoder(Method):
         back = order.argsort(1)[..., None].expand(-1, -1, WIDTH)
         patches = torch.cat((seen, unseen), dim=1).gather(1, back)  # in the order of the image
         grid = [length // self.side for length in images.shape[-2:]]
-        patches = patches + build_sincos2d_pos_embed(grid, dim=WIDTH, device=patches.device, dtype=patches.dtype)
+        patches = patches + build_sincos2d_pos_embed(grid, dim=WIDTH, device=patches.device)
         decoded = self.blocks(torch.cat((prefix, patches), dim=1))
         return self.pixels(self.norm(decoded))[:, self.visible.prefix :], tokens
 
@@ -131,9 +135,8 @@ class VisiblePatches(nn.Module):
 
     def __init__(self, prefix: int) -> None:
         super().__init__()
-        self.prefix, self.kept = prefix, None
-
-    kept: Tensor | None
+        self.prefix = prefix
+        self.kept: Tensor | None = None
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Class tokens stay."""
@@ -180,7 +183,10 @@ def join_patches(patches: Tensor, shape: Sequence[int], side: int) -> Tensor:
 
 
 def normalise_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Each patch with mean 0 and variance 1 over its pixels and channels; its mean and its deviation (N, L, 1)."""
+    """Each patch with mean 0 and variance 1 over its pixels and channels; its mean and its deviation (N, L, 1).
+
+    FLOOR is in the deviation, so patches that vary less than that come out near 0.
+    """
     mean = patches.mean(2, keepdim=True)
-    deviation = (patches.var(2, keepdim=True) + EPSILON).sqrt()
+    deviation = (patches.var(2, keepdim=True) + FLOOR).sqrt()
     return (patches - mean) / deviation, mean, deviation

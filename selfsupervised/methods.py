@@ -76,7 +76,7 @@ def _quiet_units(options: MethodOptions) -> int:
 
 def _check(name: str, options: MethodOptions) -> None:
     """Raise ValueError for options out of range."""
-    if options.batch < 2 and name not in ("moco", "mae"):
+    if options.batch < 2 and name != "moco":
         raise ValueError(
             f"-b {options.batch}: --method {name} compares the images of a batch with each other and needs two at "
             "least. Give -b 16 or more"
@@ -89,7 +89,7 @@ def _check(name: str, options: MethodOptions) -> None:
         "--queue": (options.queue > 0, "at least 1 key, several batches of them for good"),
         "--dense-points": (options.points > 0 and bool(options.local_projector), "at least 1 place"),
         "--dense-global": (0 <= options.global_weight <= 1, "a share from 0 to 1"),
-        "--mask-share": (0 < options.mask < 1, "a share between 0 and 1, such as 0.75"),
+        "--mask-share": (0 < options.mask_share < 1, "a share between 0 and 1, such as 0.75"),
     }
     values = {
         "--projector": options.projector,
@@ -99,7 +99,7 @@ def _check(name: str, options: MethodOptions) -> None:
         "--queue": options.queue,
         "--dense-points": options.points,
         "--dense-global": options.global_weight,
-        "--mask-share": options.mask,
+        "--mask-share": options.mask_share,
     }
     for flag, (good, expected) in rules.items():
         if not good:

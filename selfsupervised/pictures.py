@@ -77,7 +77,8 @@ class FeaturePictures:
         made = method.complete(images.to(next(method.parameters()).device))
         if not made:
             return {}
-        limits, rows = self.limits(self.raw(images)), []
+        every, rows = self.limits(self.raw(windows)), []
+        limits = [every[place] for place in chosen]
         for title, values in {"windows": images, **made}.items():
             shown = [to_display(window, each) for window, each in zip(self.raw(values), limits, strict=True)]
             rows.append(picture_row([(names[place], tile) for place, tile in zip(chosen, shown, strict=True)], title))

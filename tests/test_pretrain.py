@@ -528,8 +528,20 @@ def test_an_unreadable_file_is_listed_and_left_alone(images, tmp_path, capsys):
         (["-b", "1"], ["-b 1 leaves a process a single image", "-b 16"], 2),
         (["-b", "1", "--method", "moco"], ["-b 1 leaves a process a single image", "-b 16"], 2),
         (["--sync-bn"], ["--sync-bn joins the batches of several processes", "torchrun"], 2),
+        (
+            ["--encoder", "tu-vit_small_patch14_dinov2", "--image-size", "64"],
+            [
+                "--image-size 64: tu-vit_small_patch14_dinov2 does not take it",
+                "a multiple of 14, the side of its patches",
+            ],
+            2,
+        ),
         (["--method", "mae"], ["--method mae hides patches", "--encoder tu-vit_tiny_patch16_224"], 2),
-        (["--method", "mae", "--encoder", "tu-test_vit", "--image-size", "16"], ["single patch", "--image-size 96"], 1),
+        (
+            ["--method", "mae", "--encoder", "tu-test_vit", "--image-size", "16"],
+            ["--image-size 16 leaves a single patch", "--image-size 96"],
+            2,
+        ),
         (["--encoder", "tu-xcit_nano_12_p8_224"], ["tu-xcit_nano_12_p8_224 cannot be pretrained", "resnet18"], 1),
         (["--images", "nowhere"], ["no file or folder nowhere"], 1),
     ],

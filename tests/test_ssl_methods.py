@@ -580,7 +580,7 @@ def test_encoders_that_cannot_be_pretrained_are_refused(monkeypatch):
         ({"momentum": 1.0}, "--momentum-encoder 1.0 cannot be used"),
         ({"queue": 0}, "--queue 0 cannot be used"),
         ({"points": 0}, "--dense-points 0 cannot be used"),
-        ({"mask": 1.0}, "--mask-share 1.0 cannot be used; expected a share between 0 and 1"),
+        ({"mask_share": 1.0}, "--mask-share 1.0 cannot be used; expected a share between 0 and 1"),
     ],
 )
 def test_options_out_of_range_are_refused(changes, words):
