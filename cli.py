@@ -280,8 +280,7 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-val", "--val-dir", type=Path, metavar="DIR", help="validation split that lies elsewhere")
     group.add_argument("--val-ids", type=Path, metavar="CSV", help="validate on the images named in its column id")
     add_label_args(group)
-    group.add_argument("--max-mask-val", type=natural, default=0, metavar="N", help="learn the labels 1 to N instead")
-    group.add_argument("--mask-threshold", type=float, metavar="T", help="mask values above it are the object")
+    add_mask_value_args(group)
     group.add_argument(
         "--preprocess", nargs="+", choices=("clahe", "denoise", "stretch"), default=[], help="steps before statistics"
     )
@@ -319,8 +318,14 @@ def add_class_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--ignore-label", type=natural, metavar="N", help="mask label that counts nowhere")
 
 
+def add_mask_value_args(group: argparse._ArgumentGroup) -> None:
+    """Add meanings of mask values that need no list."""
+    group.add_argument("--max-mask-val", type=natural, default=0, metavar="N", help="learn the labels 1 to N instead")
+    group.add_argument("--mask-threshold", type=float, metavar="T", help="mask values above it are the object")
+
+
 def add_slide_args(parser: argparse.ArgumentParser) -> None:
-    """Add how slides are read for training: at which scale, and where in them."""
+    """Add how slides, and other images, are read for training: at which scale, and where in slides."""
     group = parser.add_argument_group("slides")
     scale = group.add_mutually_exclusive_group()
     scale.add_argument("--reduce", type=positive_float, metavar="X", help="read X times smaller, X >= 1")

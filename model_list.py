@@ -167,10 +167,6 @@ def measure_encoder(name: str) -> tuple[int, str]:
 
 def measure_architecture(name: str) -> int:
     """Parameters of a network of one class with its reference encoder."""
-    import torch
+    from model import build_outline, count_parameters
 
-    from model import build_model, count_parameters
-
-    with torch.device("meta"):
-        encoder = REFERENCE_ENCODER.get(name, "resnet34")
-        return count_parameters(build_model(name, encoder, in_channels=3, num_logits=1))
+    return count_parameters(build_outline(name, REFERENCE_ENCODER.get(name, "resnet34")))

@@ -7,6 +7,7 @@ Examples:
 
 import argparse
 import json
+import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,8 +18,10 @@ import cli
 import pretrain_options as options
 
 WINDOWS, WINDOW_BYTES = 256, 64 << 20  # most windows that are watched, and the memory that they may take
+FEW_BATCHES = 20  # in an epoch
 QUIET = {"images", "epochs", "workers", "log_dir", "exp_name", "cpu", "device", "encoder_weights"}
-QUIET |= {"probe", "probe_every", "probe_head", "class_list", "class_names", "ignore_label", "allow_collapse"}
+QUIET |= {"probe", "probe_every", "probe_head", "allow_collapse"}
+QUIET |= {"class_list", "class_names", "ignore_label", "mask_threshold", "max_mask_val"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -38,9 +41,13 @@ class Data:
     """The images of a run after their check."""
 
     found: Any  # selfsupervised.images.CheckedImages
-    statistics: Any
+    statistics: Any  # normalisation.Statistics; None before they are computed
     digest: str
     slides: Any
+
+    def windows(self, args: argparse.Namespace) -> int:
+        """Pairs of views in an epoch."""
+        return len(self.found.pairs) * int(args.crops)
 
     @property
     def dtype(self) -> str:
@@ -104,6 +111,7 @@ def prepare_data(args: argparse.Namespace, run_dir: Path) -> Data:
     import normalisation
     from image_io import write_text
     from selfsupervised.images import check_images, find_images
+    from selfsupervised.pretrainer import read_state
     from slide_scan import choose_tissue
     from slide_windows import SlideOptions
     from tables import format_csv
@@ -122,11 +130,14 @@ def prepare_data(args: argparse.Namespace, run_dir: Path) -> Data:
         )
     for message in found.warnings:
         print(f"warning: {message}")
+    digest = normalisation.digest(found.facts, args.preprocess)
+    # Before anything is written into the folder of a run that this one cannot go on in.
+    read_state(run_dir / "last_checkpoint", describe(args, Data(found, None, digest, slides)))
     statistics = normalisation.load_or_compute_statistics(run_dir, run_dir, found.facts, args.preprocess)
     notes = "".join(f"; {text}" for text in (*found.notes, said) if text)
     print(f"{len(found.pairs)} images of {len(found.channels)} channels ({', '.join(found.channels)}){notes}")
     print(f"statistics: {statistics.source}")
-    return Data(found, statistics, normalisation.digest(found.facts, args.preprocess), slides)
+    return Data(found, statistics, digest, slides)
 
 
 def build_views(args: argparse.Namespace, data: Data, preset: str) -> Any:
@@ -162,6 +173,11 @@ def build_batches(args: argparse.Namespace, data: Data, device: str, processes: 
     pairs = f"{len(data.found.pairs) * args.crops} pairs an epoch, {len(batches)} batches of {args.batch}"
     kept = ", values as they are" if args.method == "mae" else ""
     print(f"views: {preset}{kept}, {options.side(args)} pixels; {pairs}")
+    if len(batches) < FEW_BATCHES:
+        more = math.ceil(FEW_BATCHES * args.batch / len(data.found.pairs))
+        print(
+            f"an epoch of fewer than {FEW_BATCHES} batches is short for the schedule; --crops {more} makes it so long"
+        )
     return batches
 
 
@@ -205,8 +221,6 @@ def build_encoder(args: argparse.Namespace, channels: int) -> Any:
 
 def architecture_for(encoder: str) -> str:
     """An architecture of train.py that takes an encoder: plain-unet, unet, or what else there is."""
-    import torch
-
     import model
     from selfsupervised.encoders import HOLDERS
 
@@ -214,8 +228,7 @@ def architecture_for(encoder: str) -> str:
         return model.PLAIN_UNET
     for architecture in HOLDERS[:-1]:
         try:
-            with torch.device("meta"):
-                model.build_model(architecture, encoder, in_channels=3, num_logits=1)
+            model.build_outline(architecture, encoder)
         except ValueError:
             continue
         return architecture
@@ -262,19 +275,19 @@ def build_method(args: argparse.Namespace, channels: int, windows: int, *, fresh
     return method
 
 
-def describe(args: argparse.Namespace, data: Data, chosen: Any) -> Any:
+def describe(args: argparse.Namespace, data: Data) -> Any:
     """What is pretrained, on what."""
     from selfsupervised.encoder_file import Description
 
     sizes = {"--projector": "-".join(map(str, args.projector)) or "default"}
     if args.method == "moco":
-        sizes["--queue"] = str(chosen.queue)
+        sizes["--queue"] = str(options.method_options(args, data.windows(args)).queue)
     return Description(
         method=args.method,
         encoder=args.encoder,
         channels=tuple(data.found.channels),
-        mean=tuple(data.statistics.mean),
-        std=tuple(data.statistics.std),
+        mean=tuple(data.statistics.mean) if data.statistics else (),
+        std=tuple(data.statistics.std) if data.statistics else (),
         preprocess=tuple(args.preprocess),
         dtype=data.dtype,
         image_size=options.side(args),
@@ -290,16 +303,15 @@ def pretrain(
     args: argparse.Namespace, data: Data, run_dir: Path, device: str, record: dict[str, Any], processes: Any
 ) -> None:
     """Build everything, go on from a last_checkpoint if there is one, fit, say where the encoder is."""
-    from optim import describe_limit
     from selfsupervised import pretrainer
     from weights import encoder_file_differences
 
     fresh, device = not (run_dir / "last_checkpoint").is_file(), processes.device(device)
-    channels, windows = len(data.found.channels), len(data.found.pairs) * args.crops
+    channels, windows = len(data.found.channels), data.windows(args)
     batches = build_batches(args, data, device, processes)
     method = processes.first_then_others(lambda: build_method(args, channels, windows, fresh=fresh))
     look = build_look(args, data, channels, device) if processes.first else None
-    description = describe(args, data, options.method_options(args, windows))
+    description = describe(args, data)
     for message in encoder_file_differences(args.encoder_weights, description, description) if fresh else ():
         print(f"warning: {message}")
     fit = options.fit_options(args)
@@ -308,18 +320,32 @@ def pretrain(
     learner = pretrainer.build_pretrainer(method, fit, device=device, steps=steps, processes=processes)
     if pretrainer.resume(learner, run_dir / "last_checkpoint", description):
         print(f"going on in {run_dir} after epoch {learner.progress.epoch}")
-        say_changes(run_dir, record["flags"])
-    if learner.schedule.limit < 1:
-        print(describe_limit(learner.schedule, f"--encoder-weights {run_dir / run_dir.name}.pth"))
-    images = args.batch * args.accumulate
-    print(f"learning rate: {fit.lr:.3g} for steps of {images} images (-lr {args.lr:g} is for {options.BASE_BATCH})")
-    if learner.progress.epoch >= args.epochs:
+    complete = learner.progress.epoch >= args.epochs
+    if complete:
         print(f"the run is complete: {learner.progress.epoch} epochs are done and --epochs asks for {args.epochs}")
         print("to train on: a larger --epochs; to train anew: another --exp-name")
-    run = open_log(run_dir, learner.progress.epoch, record) if processes.first else None
+    else:
+        say_start(args, learner, look, run_dir, record["flags"])
+    run = open_log(run_dir, learner.progress.epoch, None if complete else record) if processes.first else None
     pretrainer.fit(learner, description, batches, fit, look, run, allow_collapse=args.allow_collapse, report=print)
     if run is not None:
         finish(args, run)
+
+
+def say_start(args: argparse.Namespace, learner: Any, look: Any, run_dir: Path, flags: dict[str, Any]) -> None:
+    """Say what the epochs to come learn with, and from where they begin."""
+    from optim import describe_limit
+    from selfsupervised.look import probe_start
+    from selfsupervised.pretrainer import show_scores
+
+    if learner.progress.epoch:
+        say_changes(run_dir, flags)
+    if learner.schedule.limit < 1:
+        print(describe_limit(learner.schedule, f"--encoder-weights {run_dir / run_dir.name}.pth"))
+    rate, images = options.scaled_rate(args), args.batch * args.accumulate
+    print(f"learning rate: {rate:.3g} for steps of {images} images (-lr {args.lr:g} is for {options.BASE_BATCH})")
+    if look is not None and look.probes and not learner.progress.step:
+        print(f"probe before the first epoch: {'  '.join(show_scores(probe_start(learner.network, look)))}")
 
 
 def say_untrained(method: str, names: list[str]) -> None:
@@ -359,7 +385,13 @@ def build_probes(args: argparse.Namespace, data: Data) -> list[Any]:
             preprocess=tuple(args.preprocess),
             dtype=data.dtype,
             side=options.side(args),
-            classes=ClassOptions(args.class_list, tuple(args.class_names or ()), args.ignore_label),
+            classes=ClassOptions(
+                args.class_list,
+                tuple(args.class_names or ()),
+                args.ignore_label,
+                args.mask_threshold,
+                args.max_mask_val,
+            ),
             head=args.probe_head,
             slides=data.slides,
             tissue=args.tissue,
@@ -367,6 +399,13 @@ def build_probes(args: argparse.Namespace, data: Data) -> list[Any]:
             add_dirs=tuple(args.add_dirs),
         )
     )
+    learned = {pair.image.resolve() for pair in data.found.pairs}
+    known = [path for path in probe.held_out if path.resolve() in learned]
+    if known:
+        probe.warnings.append(
+            f"{len(known)} of the {len(probe.held_out)} images that are validated on are among --images, such as "
+            f"{known[0]}: scores say less about new images"
+        )
     for message in probe.warnings:
         print(f"warning: --probe: {message}")
     print(f"probe: {'; '.join(probe.notes)}")
@@ -380,24 +419,29 @@ def build_pictures(data: Data) -> Any:
     return FeaturePictures(data.statistics.mean, data.statistics.std, dtype=data.dtype)
 
 
-def open_log(run_dir: Path, epoch: int, record: dict[str, Any]) -> Any:
-    """The log of a run, cut back to what is done, with the flags of this start."""
+def open_log(run_dir: Path, epoch: int, record: dict[str, Any] | None) -> Any:
+    """The log of a run, cut back to what is done, with the flags of this start; None: it trains nothing."""
     from image_io import write_text
     from selfsupervised.run_log import RunLog
 
     run = RunLog(run_dir, epoch=epoch)
-    write_text(run_dir / "args.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-    run.log_flags(record["flags"])
+    if record:
+        write_text(run_dir / "args.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        run.log_flags(record["flags"])
     return run
 
 
 def say_changes(run_dir: Path, flags: dict[str, Any]) -> None:
-    """Name the flags that differ from those that the run was started with."""
+    """Name the flags that differ from those that the run was started with; its starting weights stay what they were."""
     path = run_dir / "args.json"
     before = json.loads(path.read_text(encoding="utf-8"))["flags"] if path.is_file() else {}
     for name in sorted(flags.keys() & before.keys() - QUIET):
         if flags[name] != before[name]:
             print(f"warning: {name} was {before[name]} when this run began, it goes on with {flags[name]}")
+    began = before.get("encoder_weights", flags["encoder_weights"])
+    if flags["encoder_weights"] != began:
+        print(f"warning: --encoder-weights {flags['encoder_weights']} is for a new run; this one began with {began}")
+        flags["encoder_weights"] = began
 
 
 def finish(args: argparse.Namespace, run: Any) -> None:
@@ -409,6 +453,8 @@ def finish(args: argparse.Namespace, run: Any) -> None:
         print(f"\nencoder: {path}")
         more = ["--add-dirs", *args.add_dirs] if args.add_dirs else []
         more += ["--preprocess", *args.preprocess] if args.preprocess else []
+        more += ["--image-size", str(options.side(args)), *(["--crops", str(args.crops)] if args.window else [])]
+        more += ["--class-list", args.class_list] if args.class_list else []
         more += ["--mpp", f"{args.mpp:g}"] if args.mpp else ["--reduce", f"{args.reduce:g}"] if args.reduce else []
         words = shlex.join(["--encoder", args.encoder, "--encoder-weights", str(path), *more])
         print(f"train with it: python train.py -d DATASET -m {name} {words}")

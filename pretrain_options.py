@@ -74,7 +74,8 @@ def add_method_args(parser: argparse.ArgumentParser) -> None:
         type=widths,
         default=(),
         metavar="N-N-N",
-        help="widths of the projector; default: 1024-1024-1024, 1024-256 for mocov3, that of the features-128 for moco",
+        help="widths of the projector; without it 1024-1024-1024, for mocov3 1024-256, for moco that of the features "
+        "and 128",
     )
     group.add_argument(
         "--lambda",
@@ -182,7 +183,9 @@ def add_watch_args(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--probe-head", choices=("linear", "decoder"), default="linear", help="that head")
     cli.add_switch(group, "--allow-collapse", help="go on when all images get the same embedding")
-    cli.add_class_args(parser.add_argument_group("labels of --probe"))
+    group = parser.add_argument_group("labels of --probe")
+    cli.add_class_args(group)
+    cli.add_mask_value_args(group)
 
 
 def widths(text: str) -> tuple[int, ...]:
@@ -215,6 +218,7 @@ def check_flags(args: argparse.Namespace) -> None:
     if path and not path.is_file():
         raise cli.UsageError(f"--encoder-weights {path}: no such file")
     labels = {"--class-list": args.class_list, "--class-names": args.class_names, "--ignore-label": args.ignore_label}
+    labels |= {"--max-mask-val": args.max_mask_val or None, "--mask-threshold": args.mask_threshold}
     for flag, given in labels.items():
         if given is not None and not args.probe:
             raise cli.UsageError(f"{flag} says what the labels of --probe mean; give --probe DIR too, or leave it out")
@@ -223,7 +227,8 @@ def check_flags(args: argparse.Namespace) -> None:
         ViewOptions(side(args), args.window, args.views_from)
         args.optim = resolve_optimiser(args.optim)
     except ValueError as error:
-        raise cli.UsageError(str(error)) from error
+        own = f"; the plain U-Net's are {', '.join(PLAIN_WIDTHS)}" if "unknown encoder" in str(error) else ""
+        raise cli.UsageError(f"{error}{own}") from error
     if args.lr is None and args.optim not in RATES:
         raise cli.UsageError(f"--optim {args.optim} has no rate of its own here; give -lr for a batch of {BASE_BATCH}")
     if args.lr is None:
@@ -260,7 +265,7 @@ def check_processes(args: argparse.Namespace, device: str, processes: Any) -> No
     if args.batch < 2 * processes.world:
         raise cli.UsageError(
             f"-b {args.batch} leaves a process a single image or none, and statistics and comparisons need two; give "
-            f"-b {16 * processes.world} or more"
+            f"-b {16 * processes.world} or more, {2 * processes.world} at least"
         )
 
 

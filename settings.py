@@ -134,7 +134,7 @@ def _flag_words(
     parser: argparse.ArgumentParser, source: str, name: str, action: argparse.Action, value: Any
 ) -> list[str]:
     """A flag as words, its value checked as if it had been typed; nothing for what is the default anyhow."""
-    if value is None or (value == [] and action.default == []):
+    if value is None or (value == [] and not action.default):
         return []
     if isinstance(action, argparse.BooleanOptionalAction):
         if not isinstance(value, bool):

@@ -243,8 +243,7 @@ def check_flags(args: argparse.Namespace) -> None:
         losses.build_loss(args.loss, num_logits=2, class_weights=some, label_smoothing=args.label_smoothing)
         augmentations.Augmentation(args.augmentation, rgb=True, value_range=(0, 255))
         args.optim, args.scheduler = optim.resolve_optimiser(args.optim), optim.resolve_schedule(args.scheduler)
-        with torch.device("meta"):
-            model.build_model(args.model, args.encoder, in_channels=3, num_logits=1)
+        model.build_outline(args.model, args.encoder)
     except ValueError as error:
         raise cli.UsageError(str(error)) from error
 

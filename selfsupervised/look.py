@@ -34,18 +34,35 @@ class Look:
 
 def take_look(method: Method, look: Look, description: Description, run: RunLog, row: dict[str, Any]) -> None:
     """Write the encoder file, measure the encoder's features, probe it, draw what it sees; all of it on a copy."""
-    look.encoder.load_state_dict(method.encoder.state_dict())
-    settle_statistics(look.encoder, look.windows)
+    _copy_encoder(method, look)
     save_encoder(run.encoder_path, look.encoder.state_dict(), description, epochs=row["epoch"])
     rank = feature_rank(look.encoder, look.windows)
     row["watch"]["feature_rank"], row["warning"] = rank, describe_features(rank, len(look.windows))
     generator = torch.get_rng_state()
-    for probe in look.probes:
-        row["probe"] = {**row.get("probe", {}), **probe(look.encoder)}
+    if look.probes:
+        row["probe"] = _probe(look)
     if look.pictures:
         drawn = look.pictures(look.encoder, look.windows, look.names)
         run.log_images(drawn | look.pictures.completions(method, look.windows, look.names), row["epoch"])
     torch.set_rng_state(generator)
+
+
+def probe_start(method: Method, look: Look) -> dict[str, float | None]:
+    """Scores of the probes before anything was learned, which later ones are compared with."""
+    generator = torch.get_rng_state()
+    _copy_encoder(method, look)
+    scores = _probe(look)
+    torch.set_rng_state(generator)
+    return scores
+
+
+def _copy_encoder(method: Method, look: Look) -> None:
+    look.encoder.load_state_dict(method.encoder.state_dict())
+    settle_statistics(look.encoder, look.windows)
+
+
+def _probe(look: Look) -> dict[str, float | None]:
+    return {name: value for probe in look.probes for name, value in probe(look.encoder).items()}
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ import copy
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,14 +118,14 @@ def freeze_idle_weights(method: Method, shape: Sequence[int]) -> list[str]:
     return untrained
 
 
-def resume(learner: Learner, path: Path, description: Description) -> bool:
-    """Restore a run from its last_checkpoint; False when there is none.
+def read_state(path: Path, description: Description) -> dict[str, Any] | None:
+    """The last_checkpoint of a run; None when there is none.
 
     Raises:
-        ValueError: it belongs to another method, encoder, images or optimiser, or to train.py.
+        ValueError: it belongs to another method, encoder or images, or to train.py.
     """
     if not path.is_file():
-        return False
+        return None
     saved = read_content(path)
     before = saved.get("pretraining") if isinstance(saved, dict) else None
     if not isinstance(before, dict):
@@ -138,6 +138,18 @@ def resume(learner: Learner, path: Path, description: Description) -> bool:
             f"{path.parent} holds a pretraining with {change}. Use another --exp-name, or the flags of that run "
             "(args.json in its folder)."
         )
+    return dict(saved)
+
+
+def resume(learner: Learner, path: Path, description: Description) -> bool:
+    """Restore a run from its last_checkpoint; False when there is none.
+
+    Raises:
+        ValueError: see read_state; or it has another optimiser.
+    """
+    saved = read_state(path, description)
+    if saved is None:
+        return False
     check_state(learner, saved, path)
     learner.restore(saved)
     return True
@@ -314,10 +326,13 @@ def epoch_line(row: dict[str, Any], epochs: int, saved: str) -> str:
     parts.append(f"spread {watch['spread']:.2f} rank {watch['rank']:.1f}")
     if "feature_rank" in watch:
         parts.append(f"features' rank {watch['feature_rank']:.1f}")
-    parts += [
-        f"probe {name} {'-' if value is None else f'{value:.4f}'}" for name, value in row.get("probe", {}).items()
-    ]
+    parts += [f"probe {shown}" for shown in show_scores(row.get("probe", {}))]
     parts.append(f"{row['seconds']:.1f} s")
     if "feature_rank" in watch:
         parts.append(f"saved {saved}")
     return "  ".join(parts)
+
+
+def show_scores(scores: Mapping[str, float | None]) -> list[str]:
+    """Scores of a probe as words."""
+    return [f"{name} {'-' if value is None else f'{value:.4f}'}" for name, value in scores.items()]

@@ -73,7 +73,7 @@ class Windows:
 class Probe:
     """A labelled data set, ready to score encoders.
 
-    notes: what was found; warnings: what may be wrong with it.
+    notes: what was found; warnings: what may be wrong with it. held_out: files of the images that are validated on.
 
     Raises:
         DatasetError: no such data set, no labels, nothing to validate on, or other channels than the encoder sees.
@@ -84,7 +84,7 @@ class Probe:
         checked, self.classes, config = _check(options)
         self.train = _draw(checked.train, self.classes, config, options, forced=True)
         self.val = _draw(checked.val, self.classes, config, options, forced=False)
-        self.warnings = checked.warnings[:SHOWN]
+        self.warnings, self.held_out = checked.warnings[:SHOWN], [item.pair.image for item in checked.val]
         kinds = {item.layers[0].dtype for item in checked.train}
         if kinds != {options.dtype}:
             self.warnings.append(f"its images are {' '.join(sorted(kinds))}, those of the encoder {options.dtype}")

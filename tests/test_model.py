@@ -15,6 +15,7 @@ import model as networks
 from model import (
     ARCHITECTURES,
     build_model,
+    build_outline,
     count_parameters,
     resolve_architecture,
     resolve_encoder,
@@ -77,6 +78,19 @@ def test_every_architecture_trains(architecture):
 )
 def test_spellings_of_architectures(spelling, name):
     assert resolve_architecture(spelling) == name
+
+
+def test_outlines_take_no_memory_and_refuse_what_cannot_be_built():
+    outline = build_outline("unet", "resnet18")
+    full = build_model("unet", "resnet18", in_channels=3, num_logits=1)
+    assert all(weight.is_meta for weight in outline.parameters())
+    assert [(name, w.shape) for name, w in outline.named_parameters()] == [
+        (n, w.shape) for n, w in full.named_parameters()
+    ]
+    reads_values = build_outline("unet", "mit_b0")
+    assert not any(weight.is_meta for weight in reads_values.parameters())
+    with pytest.raises(ValueError, match="linknet cannot be built with encoder mit_b0"):
+        build_outline("linknet", "mit_b0")
 
 
 @pytest.mark.parametrize(

@@ -325,11 +325,13 @@ def test_the_advised_command_reads_images_as_this_run_did(images, tmp_path, caps
         pretrain.main(words_for(images, tmp_path, name, "-e", "1", *more))
         line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("train with it: "))
         args = train.build_parser().parse_args(shlex.split(line.split("python train.py ")[1]))
-        return args.preprocess, args.reduce, args.mpp
+        assert args.image_size == [32]
+        return args.crops, args.preprocess, args.reduce, args.mpp
 
-    assert advised("plain") == ([], None, None)
-    assert advised("prepared", "--preprocess", "clahe", "stretch") == (["clahe", "stretch"], None, None)
-    assert advised("smaller", "--reduce", "1.5") == ([], 1.5, None)
+    assert advised("plain") == (2, [], None, None)
+    assert advised("whole", "--window", "0") == (0, [], None, None)
+    assert advised("prepared", "--preprocess", "clahe", "stretch") == (2, ["clahe", "stretch"], None, None)
+    assert advised("smaller", "--reduce", "1.5") == (2, [], 1.5, None)
 
 
 def test_train_takes_the_encoder_and_validate_refuses_it(images, tmp_path, capsys):
@@ -357,7 +359,12 @@ def test_a_probe_is_scored_on_the_way_and_changes_nothing(images, tmp_path, caps
     data = write_dataset(tmp_path / "data", train=4, val=2)
     words = words_for(images, tmp_path, "probed", "--probe", data, "--class-list", "255", "-e", "2")
     pretrain.main([*words, "--probe-every", "1"])
-    assert "probe: linear head" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "probe: linear head" in out and "probe before the first epoch: IoU " in out
+    assert "--class-list 255" in out.split("train with it: ")[1]
+    pretrain.main([*words, "--exp-name", "known", "-e", "1", "--images", str(data / "train"), str(data / "val")])
+    out = capsys.readouterr().out
+    assert f"2 of the 2 images that are validated on are among --images, such as {data / 'val'}" in out
     rows, run = read_rows(tmp_path / "probed"), tmp_path / "probed"
     assert all(0 <= value <= 1 for row in rows for value in row["probe"].values()) and len(rows) == 2
     tags = EventAccumulator(str(run)).Reload().Tags()["scalars"]
@@ -426,12 +433,22 @@ def test_a_complete_run_trains_nothing_and_a_longer_one_goes_on(images, tmp_path
     pretrain.main(words)
     assert "the run is complete: 2 epochs are done" in capsys.readouterr().out
     assert (tmp_path / "run" / "last_checkpoint").read_bytes() == before
-    pretrain.main([*words, "-e", "3", "--lambda", "0.01"])
+    record = (tmp_path / "run" / "args.json").read_bytes()
+    pretrain.main([*words, "-e", "1", "-b", "4"])
+    out = capsys.readouterr().out
+    assert "complete: 2 epochs are done and --epochs asks for 1" in out
+    assert "warning" not in out and "made longer" not in out and "learning rate" not in out
+    assert (tmp_path / "run" / "args.json").read_bytes() == record
+    encoder = tmp_path / "copy.pth"
+    encoder.write_bytes((tmp_path / "run" / "run.pth").read_bytes())
+    pretrain.main([*words, "-e", "3", "--lambda", "0.01", "--encoder-weights", str(encoder)])
     out = capsys.readouterr().out
     assert "going on in" in out and "after epoch 2" in out
     assert "the run was made longer: its learning rate stays at 0.000" in out
     assert f"--encoder-weights {tmp_path / 'run' / 'run.pth'} and another --exp-name" in out
     assert "lambda_ was 0.005 when this run began, it goes on with 0.01" in out
+    assert f"--encoder-weights {encoder} is for a new run; this one began with none" in out
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["flags"]["encoder_weights"] == "none"
     assert [row["epoch"] for row in read_rows(tmp_path / "run")] == [1, 2, 3]
 
 
@@ -449,7 +466,7 @@ def test_another_run_in_the_same_folder_is_refused(images, tmp_path, capsys):
     other = draw_images(tmp_path / "other", 11)
     again[again.index("--images") + 1] = str(other)
     refused(capsys, again, "12 images (digest ", "now they are 11 (digest ", "--exp-name")
-    assert (tmp_path / "run" / "last_checkpoint").read_bytes() == before["last_checkpoint"]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 
 def test_the_folder_of_a_training_is_refused(images, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Recipes: each is a command that could be typed, printed in full, and gives way to files and words."""
 
+import importlib
 import json
 import shlex
 from pathlib import Path
@@ -77,6 +78,23 @@ def test_the_record_of_a_run_holds_the_flags_and_not_the_recipe(tmp_path, capsys
     file.write_text(json.dumps(record))
     again = parse("--settings", file)
     assert {**vars(again), "settings": None, "recipe": "vessel"} == vars(first)
+
+
+@pytest.mark.parametrize("name", ["train", "pretrain", "validate", "predict", "annotate", "export_onnx"])
+def test_what_a_command_writes_down_it_can_read(name, tmp_path):
+    """The flags of a run with nothing but what is required, as its args.json has them."""
+    parser = importlib.import_module(name).build_parser()
+    words = {"train": ["-d", "data"], "pretrain": ["--images", "a", "b"], "annotate": ["--images", "a"]}
+    words |= {
+        "validate": ["-d", "val", "-c", "x.pth"],
+        "predict": ["-c", "x.pth", "-i", "a"],
+        "export_onnx": ["-c", "x"],
+    }
+    first = cli.parse(parser, words[name])
+    file = tmp_path / "args.json"
+    file.write_text(json.dumps(cli.run_record(first, words[name])))
+    again = cli.parse(importlib.import_module(name).build_parser(), [*words[name], "--settings", str(file)])
+    assert {**vars(again), "settings": None} == {**vars(first), "settings": None}
 
 
 @pytest.mark.parametrize("where", ["word", "file"])
