@@ -26,7 +26,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Append each default to its help text, but not to required flags, switches and flags without a default."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.required or action.default in (None, False, "", argparse.SUPPRESS):
+        if action.required or action.default in (None, False, "", (), argparse.SUPPRESS):
             return action.help
         return super()._get_help_string(action)
 
