@@ -456,6 +456,7 @@ def finish(args: argparse.Namespace, run: Any) -> None:
         more += ["--image-size", str(options.side(args)), *(["--crops", str(args.crops)] if args.window else [])]
         more += ["--class-list", args.class_list] if args.class_list else []
         more += ["--mpp", f"{args.mpp:g}"] if args.mpp else ["--reduce", f"{args.reduce:g}"] if args.reduce else []
+        more += ["--exp-name", f"from_{path.stem}"]  # beside a run from scratch
         words = shlex.join(["--encoder", args.encoder, "--encoder-weights", str(path), *more])
         print(f"train with it: python train.py -d DATASET -m {name} {words}")
     print(f"tensorboard --logdir {shlex.quote(str(args.log_dir))}")
