@@ -11,7 +11,8 @@ then with each image counting alike.
 
 The defaults are for two cores. A plain-unet of plain-16 at 96 pixels takes 0.18 s for a step of 8 crops on one of them,
 and 1.1 s to pretrain with 64 pairs; a U-Net of resnet18 0.45 and 3.0 s, of resnet10t 0.35 and 2.0 s, which leaves too
-few steps of either for an hour and a half. The whole is done in parts, by --jobs processes; what was killed goes on.
+few steps of either. All of it took an hour and three quarters, not alone on the machine. It is done in parts, by --jobs
+processes; what was killed goes on.
 
 Example:
     python -m benchmarks.label_efficiency --data data --out logs/label_efficiency
